@@ -1,0 +1,1 @@
+//! One Config made of each room's own: file + environment + flags, all errors at once.

@@ -1,0 +1,20 @@
+//! The nouns of Stillbox: ids, sizes, states, specifications and the rows that the store keeps.
+//!
+//! Pure values: no I/O, no async, no SQL, no dialect's spelling. Every room may use this one; it uses none.
+
+mod ids;
+mod network;
+mod record;
+mod size;
+mod spec;
+mod state;
+
+pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SnapshotId, TemplateId};
+pub use network::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, ParseTargetError, PublicTraffic};
+pub use record::{
+    BuildRecord, BuildState, EndReason, KernelRef, LogEntry, LogLevel, MetricPoint, ProcessRef, SandboxRecord, SnapshotRecord,
+    TemplateRecord,
+};
+pub use size::ByteSize;
+pub use spec::{AutoResume, Keep, Lifecycle, OnTimeout, Resources, SandboxSpec, Secure};
+pub use state::SandboxState;

@@ -1,0 +1,1 @@
+//! From a host name or headers to a port inside a sandbox.

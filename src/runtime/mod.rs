@@ -1,0 +1,211 @@
+//! Sandboxes as the kernel sees them: root file systems, namespaces, cgroups, networks, dumps.
+//!
+//! [`Runtime`] is all that the core sees of it. [`kernel::Kernel`] is the real one; [`fake::Fake`] keeps the core's
+//! tests away from the kernel. Forks, libcontainer and CRIU exist only in `helper/`, a process of its own.
+//! Never touches the store or HTTP.
+
+use crate::model::{KernelRef, NetworkPolicy, Resources, SandboxId};
+use std::path::PathBuf;
+
+/// Where the upper layer of a sandbox's root file system comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskSource {
+    /// A new, empty disk of the size in [`Resources`].
+    Fresh,
+    /// The disk that this sandbox already has (`sandboxes/<id>/disk.img`): resume, cold boot.
+    Own,
+    /// A copy of this disk image, which nobody has mounted writable: create from a dump, fork.
+    CopyOf(PathBuf),
+}
+
+/// How pid 1 comes to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StartFrom {
+    /// libcontainer starts the agent; it learns this control secret (64 hex characters).
+    Cold {
+        /// What the first init must carry.
+        control_secret: String,
+    },
+    /// CRIU restores the images in this folder.
+    Dump {
+        /// `snapshots/<id>/images` or a template's.
+        images: PathBuf,
+        /// SHA-256 (hex) of the CRIU that wrote them; kept below `criu/`.
+        criu: String,
+        /// SHA-256 (hex) of the agent in them; kept below `agents/`.
+        agent: String,
+    },
+}
+
+/// Everything needed to give a sandbox processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StartRequest {
+    /// Whose. Names every kernel object.
+    pub id: SandboxId,
+    /// Layer ids, bottom to top, without the agent's own; folders `layers/<id>`.
+    pub layers: Vec<String>,
+    /// The upper layer.
+    pub disk: DiskSource,
+    /// The limits.
+    pub resources: Resources,
+    /// Egress rules of its slot.
+    pub network: NetworkPolicy,
+    /// Cold, or from a dump.
+    pub from: StartFrom,
+}
+
+/// What a dump does to its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterDump {
+    /// Pause: the processes are gone afterwards.
+    Stop,
+    /// Fork, snapshot: they go on.
+    KeepRunning,
+}
+
+/// Where a dump is to go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DumpRequest {
+    /// The source.
+    pub id: SandboxId,
+    /// What happens to it.
+    pub after: AfterDump,
+    /// An existing empty folder for the CRIU images; renamed into place by the caller.
+    pub images: PathBuf,
+    /// Where a copy of the disk is put while the tasks are frozen (fork, snapshot); `None` for pause.
+    pub disk_copy: Option<PathBuf>,
+}
+
+/// What a dump turned out to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dumped {
+    /// SHA-256 (hex) of the CRIU used.
+    pub criu: String,
+    /// SHA-256 (hex) of the agent in it.
+    pub agent: String,
+    /// Bytes of images.
+    pub images_bytes: u64,
+    /// How long the tasks stood still.
+    pub standstill: std::time::Duration,
+}
+
+/// A reason why a process cannot be dumped.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Finding {
+    /// Pid inside the sandbox.
+    pub pid: i32,
+    /// Its command name, control characters replaced.
+    pub command: String,
+    /// What it holds that cannot be dumped, and what to do about it.
+    pub reason: String,
+}
+
+/// What a sandbox uses at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// CPU time used since the cgroup was made, in nanoseconds.
+    pub cpu_ns: u64,
+    /// Memory without page cache, in bytes.
+    pub memory_used_bytes: u64,
+    /// Page cache, in bytes.
+    pub memory_cache_bytes: u64,
+    /// Disk used, in bytes.
+    pub disk_used_bytes: u64,
+    /// Disk size, in bytes.
+    pub disk_total_bytes: u64,
+}
+
+/// How pid 1 of a sandbox ended, as far as it can be known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit {
+    /// `exit status 1`, `killed by signal 9`, `out of memory`, or `unknown` after a server restart.
+    pub detail: String,
+}
+
+/// Why the kernel side failed. The core turns it into its own errors; the source chain has the details.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The machine has no room; nothing was started.
+    #[error("{what} is used up: {used} of {limit}; {remedy}")]
+    Exhausted {
+        /// The thing, e.g. `disk space below /var/lib/stillbox`.
+        what: String,
+        /// Amount in use, with its unit.
+        used: String,
+        /// The bound, with its unit.
+        limit: String,
+        /// The next step.
+        remedy: String,
+    },
+    /// It has processes that cannot be dumped; nothing was touched.
+    #[error("sandbox {id} cannot be dumped: {}", findings.iter().map(|f| format!("{} (pid {}): {}", f.command, f.pid, f.reason)).collect::<Vec<_>>().join("; "))]
+    NotDumpable {
+        /// The sandbox.
+        id: SandboxId,
+        /// At least one.
+        findings: Vec<Finding>,
+    },
+    /// The sandbox has no processes, or not those of its row.
+    #[error("sandbox {id} has no running processes")]
+    NotRunning {
+        /// The sandbox.
+        id: SandboxId,
+    },
+    /// A step failed; what was acquired for it has been released.
+    #[error("{step} of sandbox {id} failed")]
+    Step {
+        /// The sandbox.
+        id: SandboxId,
+        /// What was being done, e.g. `mounting the disk`.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// The kernel, as the core needs it. One method per verb; each is called by the sandbox's driver only, one at a
+/// time per sandbox. Every method may be repeated after a crash: leftovers of an earlier try are replaced.
+///
+/// Dropping a future of these does not stop what it began; callers are drivers, which do not drop them.
+#[async_trait::async_trait]
+pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
+    /// Makes root file system, cgroup, network and pid 1. Afterwards the agent will answer soon; nothing was
+    /// initialised in it. On failure nothing is left, but for an `Own` disk.
+    async fn start(&self, request: StartRequest) -> Result<KernelRef, RuntimeError>;
+
+    /// Takes over a sandbox that an earlier server left running. `NotRunning` when its processes are gone.
+    async fn adopt(&self, id: SandboxId, kernel: &KernelRef) -> Result<(), RuntimeError>;
+
+    /// Resolves when pid 1 of a started or adopted sandbox has ended. Cancel-safe.
+    async fn exited(&self, id: SandboxId) -> Exit;
+
+    /// Ends all its processes and gives back cgroup, slot, mounts and loop device. The disk stays, flushed.
+    /// Succeeds when there is nothing left to stop.
+    async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError>;
+
+    /// [`Runtime::stop`], and the disk and the folder of the sandbox are removed.
+    async fn destroy(&self, id: SandboxId) -> Result<(), RuntimeError>;
+
+    /// Dumps a running sandbox after the pre-dump check. Any failure leaves it running as it was.
+    async fn dump(&self, request: DumpRequest) -> Result<Dumped, RuntimeError>;
+
+    /// What would keep it from being dumped now; empty when nothing would.
+    async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError>;
+
+    /// Connects to a TCP port on 127.0.0.1, else ::1, inside. One attempt; refused is `ConnectionRefused`.
+    async fn dial(&self, id: SandboxId, port: u16) -> std::io::Result<tokio::net::TcpStream>;
+
+    /// What it uses.
+    async fn usage(&self, id: SandboxId) -> Result<Usage, RuntimeError>;
+
+    /// Replaces the egress rules of its slot; new connections see them at once.
+    async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError>;
+
+    /// Removes everything of this instance in the kernel and in `sandboxes/` that belongs to no id in `keep`.
+    /// Called once at start, after the last adopt.
+    async fn sweep(&self, keep: &[SandboxId]) -> Result<(), RuntimeError>;
+
+    /// Gives back what belongs to the server and not to a sandbox: pools, forwarding rules. Running sandboxes go on.
+    async fn close(&self);
+}
