@@ -1,0 +1,59 @@
+//! What the agent knows: who it is (replaced by /init), the control secret, and what runs.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+/// The agent's state, one per process, shared by all handlers.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    identity: RwLock<Arc<Identity>>,
+    control_secret: Mutex<String>,
+}
+
+/// Which sandbox this is. Taken whole by a request when it begins, so that an /init in between changes nothing for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) access: Access,
+    /// Variables of every process: the template's, then the sandbox's, then our own E2B_* on top.
+    pub(crate) envs: BTreeMap<String, String>,
+    pub(crate) default_user: String,
+    /// Empty means the user's home.
+    pub(crate) default_workdir: String,
+    pub(crate) generation: u64,
+    pub(crate) cpu_count: Option<u32>,
+    pub(crate) memory_bytes: Option<u64>,
+}
+
+/// Who may use envd's wire.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Before the first /init: nobody.
+    Closed,
+    Open,
+    Token(String),
+}
+
+impl Agent {
+    /// A generic agent: it answers /health and waits for /init.
+    pub(crate) fn new(control_secret: String) -> Arc<Agent> {
+        let identity = Identity {
+            access: Access::Closed,
+            envs: BTreeMap::new(),
+            default_user: "user".to_owned(),
+            default_workdir: String::new(),
+            generation: 0,
+            cpu_count: None,
+            memory_bytes: None,
+        };
+        Arc::new(Agent { identity: RwLock::new(Arc::new(identity)), control_secret: Mutex::new(control_secret) })
+    }
+
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        Arc::clone(&self.identity.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Holds the control secret; whoever holds the guard is the only one to rotate it.
+    pub(crate) fn control_secret(&self) -> MutexGuard<'_, String> {
+        self.control_secret.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
