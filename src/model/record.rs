@@ -67,14 +67,18 @@ pub struct SandboxRecord {
     pub kernel: Option<KernelRef>,
     /// The agent's control secret that the next init must carry (hex).
     pub control_secret: String,
+    /// The secret that an init under way brings. Until that init is confirmed the agent may know either.
+    pub next_control_secret: Option<String>,
     /// Times that its memory was copied or restored; programs inside can read it.
     pub generation: u64,
     /// What the last pause kept; `None` when it never was paused or runs.
     pub paused: Option<Keep>,
-    /// The dump that a resume restores; `None` unless paused with memory.
+    /// The dump that a resume restores; while pausing, the one that is being written. `None` without memory.
     pub snapshot: Option<SnapshotId>,
     /// Why it ended.
     pub end_reason: Option<EndReason>,
+    /// When it ended; its history is kept for a while from then on.
+    pub ended_at: Option<OffsetDateTime>,
     /// The boot id that programs inside see; new on each cold boot.
     pub boot_id: String,
 }
@@ -100,6 +104,16 @@ pub enum BuildState {
     Error,
 }
 
+/// Where a build comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BuildSource {
+    /// Recipe or build steps. Its dump, if there is one, can be made again at any time.
+    Recipe,
+    /// A snapshot of this sandbox, which may be gone by now. Its dump and disk are all there is.
+    Sandbox(SandboxId),
+}
+
 /// A build's row: an immutable root file system and how to start it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BuildRecord {
@@ -123,8 +137,12 @@ pub struct BuildRecord {
     pub ready_command: Option<String>,
     /// Limits of sandboxes made from it.
     pub resources: Resources,
+    /// Recipe or snapshot.
+    pub source: BuildSource,
     /// What it was built from, for deciding whether a rebuild is due (recipe hash or cache key).
     pub origin: String,
+    /// The dump of its ready state that new sandboxes are restored from; `None` = cold start.
+    pub dump: Option<SnapshotId>,
     /// Registered at.
     pub created_at: OffsetDateTime,
     /// Ended at.
@@ -154,23 +172,70 @@ pub struct TemplateRecord {
     pub build_count: u64,
 }
 
-/// A dump's row; the images are in `snapshots/<id>`.
+/// What a dump depends on to be restored (design/checkpoint.md, "What a dump depends on").
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DumpKey {
+    /// Kernel release.
+    pub kernel: String,
+    /// CPU feature flags, sorted, separated by spaces, as in /proc/cpuinfo.
+    pub cpu_flags: String,
+    /// SHA-256 (hex) of the CRIU that writes it; kept below `criu/`.
+    pub criu: String,
+    /// SHA-256 (hex) of the agent in it; kept below `agents/`.
+    pub agent: String,
+    /// The address that every sandbox has inside.
+    pub inner_address: String,
+}
+
+/// Whether a dump can be restored on this machine now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fit {
+    /// Nothing that it depends on has changed.
+    Same,
+    /// Something has changed that a restore usually survives; worth a try, the images are kept.
+    Likely {
+        /// What changed, from what to what.
+        change: String,
+    },
+    /// It cannot work and is not tried.
+    Impossible {
+        /// What is missing.
+        reason: String,
+    },
+}
+
+impl DumpKey {
+    /// Whether a dump made under `self` can be restored under `now`. CRIU and agent are kept by hash, so that another
+    /// one today is a reason to make a template's dump again, not a reason to refuse a restore.
+    pub fn fit(&self, now: &Self) -> Fit {
+        let present: std::collections::BTreeSet<&str> = now.cpu_flags.split(' ').collect();
+        let missing: Vec<&str> = self.cpu_flags.split(' ').filter(|flag| !flag.is_empty() && !present.contains(flag)).collect();
+        if !missing.is_empty() {
+            return Fit::Impossible { reason: format!("this CPU lacks {}", missing.join(" ")) };
+        }
+        if self.inner_address != now.inner_address {
+            let reason = format!("it was made at the inner address {}, sandboxes now have {}", self.inner_address, now.inner_address);
+            return Fit::Impossible { reason };
+        }
+        let changed = [("kernel", &self.kernel, &now.kernel), ("CRIU", &self.criu, &now.criu), ("agent", &self.agent, &now.agent)]
+            .into_iter()
+            .filter(|(_, then, now)| then != now)
+            .map(|(what, then, now)| format!("{what} {then}, now {now}"))
+            .collect::<Vec<_>>();
+        if changed.is_empty() { Fit::Same } else { Fit::Likely { change: changed.join("; ") } }
+    }
+}
+
+/// A dump's row. Its folder `snapshots/<id>` holds `images/` and, unless it belongs to a paused sandbox that still has
+/// its own disk, `disk.img`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SnapshotRecord {
     /// Its id.
     pub id: SnapshotId,
     /// The sandbox that was dumped; it may be gone by now.
     pub sandbox: SandboxId,
-    /// Kernel release at the dump.
-    pub kernel: String,
-    /// CPU feature flags at the dump, sorted, as in /proc/cpuinfo.
-    pub cpu_flags: String,
-    /// SHA-256 (hex) of the CRIU that wrote it.
-    pub criu: String,
-    /// SHA-256 (hex) of the agent in it.
-    pub agent: String,
-    /// The inner address in it.
-    pub inner_address: String,
+    /// What it depends on.
+    pub key: DumpKey,
     /// Control secret of the agent in it (hex).
     pub control_secret: String,
     /// Bytes of memory images.
@@ -231,3 +296,39 @@ pub struct LogEntry {
     pub fields: BTreeMap<String, String>,
 }
 
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> DumpKey {
+        DumpKey {
+            kernel: "6.18.0".into(),
+            cpu_flags: "avx sse2".into(),
+            criu: "c1".into(),
+            agent: "a1".into(),
+            inner_address: "10.0.0.2".into(),
+        }
+    }
+
+    #[test]
+    fn a_dump_fits_the_machine_that_made_it_and_one_with_more_cpu_features() {
+        assert_eq!(key().fit(&key()), Fit::Same);
+        assert_eq!(key().fit(&DumpKey { cpu_flags: "avx avx2 sse2".into(), ..key() }), Fit::Same);
+    }
+
+    #[test]
+    fn a_missing_cpu_feature_or_another_inner_address_is_refused_by_name() {
+        let Fit::Impossible { reason } = key().fit(&DumpKey { cpu_flags: "sse2".into(), ..key() }) else { panic!("tried without avx") };
+        assert_eq!(reason, "this CPU lacks avx");
+        let other = DumpKey { inner_address: "10.0.0.3".into(), ..key() };
+        assert!(matches!(key().fit(&other), Fit::Impossible { .. }));
+    }
+
+    #[test]
+    fn another_kernel_or_criu_is_worth_a_try() {
+        let Fit::Likely { change } = key().fit(&DumpKey { kernel: "6.19.0".into(), criu: "c2".into(), ..key() }) else {
+            panic!("kernel and CRIU changed")
+        };
+        assert_eq!(change, "kernel 6.18.0, now 6.19.0; CRIU c1, now c2");
+    }
+}

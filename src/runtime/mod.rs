@@ -4,7 +4,7 @@
 //! tests away from the kernel. Forks, libcontainer and CRIU exist only in `helper/`, a process of its own.
 //! Never touches the store or HTTP.
 
-use crate::model::{KernelRef, NetworkPolicy, Resources, SandboxId};
+use crate::model::{DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
 use std::path::PathBuf;
 
 /// Where the upper layer of a sandbox's root file system comes from.
@@ -76,8 +76,12 @@ pub struct DumpRequest {
     pub disk_copy: Option<PathBuf>,
 }
 
+/// In the folder of the images: [`Dumped`] as JSON, written when the images are complete and before a task is ended
+/// (the `post-dump` notification). A server that finds a dead sandbox `pausing` tells by it whether its memory is whole.
+pub const DUMPED_FILE: &str = "dumped.json";
+
 /// What a dump turned out to be.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Dumped {
     /// SHA-256 (hex) of the CRIU used.
     pub criu: String,
@@ -174,7 +178,8 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
     /// initialised in it. On failure nothing is left, but for an `Own` disk.
     async fn start(&self, request: StartRequest) -> Result<KernelRef, RuntimeError>;
 
-    /// Takes over a sandbox that an earlier server left running. `NotRunning` when its processes are gone.
+    /// Takes over a sandbox that an earlier server left running. `NotRunning` when its processes are gone. A helper of
+    /// the earlier server that is still busy with it (a dump) is ended first, or waited for.
     async fn adopt(&self, id: SandboxId, kernel: &KernelRef) -> Result<(), RuntimeError>;
 
     /// Resolves when pid 1 of a started or adopted sandbox has ended. Cancel-safe.
@@ -187,7 +192,8 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
     /// [`Runtime::stop`], and the disk and the folder of the sandbox are removed.
     async fn destroy(&self, id: SandboxId) -> Result<(), RuntimeError>;
 
-    /// Dumps a running sandbox after the pre-dump check. Any failure leaves it running as it was.
+    /// Dumps a running sandbox after the pre-dump check and leaves [`DUMPED_FILE`] beside the images. Any failure leaves
+    /// it running as it was. After `Stop` the sandbox holds what a stopped one holds: the disk, flushed.
     async fn dump(&self, request: DumpRequest) -> Result<Dumped, RuntimeError>;
 
     /// What would keep it from being dumped now; empty when nothing would.
@@ -198,6 +204,9 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// What it uses.
     async fn usage(&self, id: SandboxId) -> Result<Usage, RuntimeError>;
+
+    /// What a dump made now would depend on.
+    fn dump_key(&self) -> DumpKey;
 
     /// Replaces the egress rules of its slot; new connections see them at once.
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError>;

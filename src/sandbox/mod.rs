@@ -9,6 +9,6 @@ mod tokens;
 
 pub use registry::{
     ConnectError, Connected, CreateError, ListError, ListOrder, ListPage, ListQuery, LogDirection, LogQuery, MetricsError, NetworkError,
-    OpenError, PauseError, ForkError, Registry, Route, RouteError, SandboxConfig, SnapshotInfo, StoreFailure, TimeoutError, UnknownSandbox,
+    Fork, ForkError, OpenError, PauseError, Registry, Route, RouteError, SandboxConfig, SnapshotInfo, SnapshotPage, SnapshotQuery, SnapshotSync, StoreFailure, Strictness, TimeoutError, UnknownSandbox,
 };
 pub use tokens::{InstallKey, TokenKind};

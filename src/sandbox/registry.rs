@@ -8,7 +8,9 @@ use crate::model::{
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -16,6 +18,10 @@ use time::OffsetDateTime;
 /// Bounds and timings of the core. Each has a key in config/stillbox.toml.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SandboxConfig {
+    /// `data_dir`: dumps are in `snapshots/<id>`, disks in `sandboxes/<id>`.
+    pub data_dir: PathBuf,
+    /// What /etc/resolv.conf inside says.
+    pub nameservers: Vec<IpAddr>,
     /// Longest time to live that may be asked for.
     pub timeout_max: Duration,
     /// Sandboxes with processes at once.
@@ -30,6 +36,21 @@ pub struct SandboxConfig {
     pub wake_timeout_min: Duration,
     /// How long the agent may take to answer after a start.
     pub agent_ready_max: Duration,
+    /// All dumps together, memory and disk copies.
+    pub snapshots_bytes_max: ByteSize,
+    /// How long a paused sandbox is kept before it is removed.
+    pub paused_kept: Duration,
+    /// When a dump is put on stable storage.
+    pub snapshot_sync: SnapshotSync,
+}
+
+/// When a dump is put on stable storage. A death of any of our processes is survived either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotSync {
+    /// After the caller was answered; a power cut until then loses the memory of the sandbox.
+    Background,
+    /// Before the caller is answered.
+    BeforeReply,
 }
 
 /// No live sandbox has this id: never made, killed, or its time was up.
@@ -222,6 +243,48 @@ pub enum ForkError {
     Copy(#[from] CreateError),
 }
 
+/// Whether some copies may be missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Strictness {
+    /// What succeeded stays.
+    PerCopy,
+    /// One failure removes all copies of the call.
+    AllOrNone,
+}
+
+/// What a fork is asked to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fork {
+    /// How many copies, at least one.
+    pub count: u32,
+    /// Time to live of each copy.
+    pub timeout: Duration,
+    /// Whether some may be missing.
+    pub strictness: Strictness,
+}
+
+/// Which stored snapshots to list.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SnapshotQuery {
+    /// Taken of this sandbox only.
+    pub sandbox: Option<SandboxId>,
+    /// With this name only (no tag).
+    pub name: Option<String>,
+    /// Rows per page.
+    pub limit: u32,
+    /// Where the page before ended: (created_at, snapshot) of its last row.
+    pub after: Option<(OffsetDateTime, SnapshotId)>,
+}
+
+/// One page of stored snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotPage {
+    /// At most `limit` rows.
+    pub snapshots: Vec<SnapshotInfo>,
+    /// Where the next page begins; `None` on the last.
+    pub next: Option<(OffsetDateTime, SnapshotId)>,
+}
+
 /// A stored copy of a sandbox, from which others can be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotInfo {
@@ -231,8 +294,12 @@ pub struct SnapshotInfo {
     pub snapshot: SnapshotId,
     /// The sandbox it was taken of.
     pub sandbox: SandboxId,
-    /// Names with their tags; empty for an unnamed one.
-    pub names: Vec<String>,
+    /// The name without its tag; `None` for an unnamed one.
+    pub name: Option<String>,
+    /// The tag that leads to this build of it; `default` unless another was asked for.
+    pub tag: String,
+    /// When it was taken.
+    pub created_at: OffsetDateTime,
 }
 
 /// Why egress rules were not replaced.
@@ -451,6 +518,23 @@ impl Registry {
 
     /// Pauses it, waiting for the end. While one is under way, callers wait for the same end.
     pub async fn pause(&self, id: SandboxId, keep: Keep) -> Result<SandboxRecord, PauseError> {
+        todo!()
+    }
+
+    /// Copies it: the source goes on as it was, running or paused. One entry per copy asked for; with
+    /// [`Strictness::AllOrNone`] the first failure removes the other copies and is the answer.
+    pub async fn fork(&self, id: SandboxId, fork: Fork) -> Result<Vec<Result<SandboxRecord, CreateError>>, ForkError> {
+        todo!()
+    }
+
+    /// Stores a copy of a running sandbox as a template of its own; the source goes on. A name that exists gets a new
+    /// build. `name` was checked by the caller: `name` or `name:tag`, in lower case.
+    pub async fn snapshot(&self, id: SandboxId, name: Option<&str>) -> Result<SnapshotInfo, ForkError> {
+        todo!()
+    }
+
+    /// One page of stored snapshots, newest first.
+    pub async fn snapshots(&self, query: SnapshotQuery) -> Result<SnapshotPage, ListError> {
         todo!()
     }
 
