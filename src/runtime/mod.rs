@@ -4,6 +4,9 @@
 //! tests away from the kernel. Forks, libcontainer and CRIU exist only in `helper/`, a process of its own.
 //! Never touches the store or HTTP.
 
+pub mod fill;
+mod helper;
+
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
 use std::path::PathBuf;
 

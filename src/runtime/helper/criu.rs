@@ -1,0 +1,282 @@
+//! CRIU, as the helper process uses it: stops a sandbox's time and lets it go on elsewhere.
+//!
+//! [`dump`] and [`restore`] run `criu swrk` with every option of the recipe; the caller's work happens in the hooks,
+//! at the moments that CRIU stops for. One operation per helper process, called from its only thread:
+//!
+//! ```text
+//! dump:     enter_private_mounts ─> dump { pre-dump … tasks frozen … on_frozen … } ─> tasks gone, or going on
+//! restore:  enter_private_mounts ─> [lazy::spawn] ─> join_cgroups ─> restore { set_up_netns … before_resume … }
+//! ```
+//!
+//! What a failure leaves: a failed dump leaves the tasks running as they were; a failed restore leaves no task of
+//! this operation (CRIU kills init, and with it the tree) and the images untouched. Never touches mounts of the
+//! host's namespace, the disk or the cgroup's limits: those are the caller's.
+
+mod failure;
+mod images;
+pub(crate) mod lazy;
+mod place;
+mod swrk;
+
+pub(crate) use images::ImageView;
+pub(crate) use place::{ProbeNotes, enter_private_mounts, join_cgroups};
+
+use crate::runtime::AfterDump;
+use crate::sys::sock_diag;
+use nix::sched::{CloneFlags, setns};
+use rust_criu::rust_criu_protobuf::rpc;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use swrk::{Swrk, Verb};
+
+/// CRIU's own bound on collecting and freezing the tasks: the sandbox stands still for at most this long before a
+/// dump gives up.
+const FREEZE_TIMEOUT_S: u32 = 5;
+
+/// Deleted files up to this size are dumped; the pre-dump check refuses larger ones by name.
+pub(crate) const GHOST_BYTES_MAX: u32 = 256 << 20;
+
+/// What a hook fails with.
+pub(crate) type HookError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a dump or restore failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CriuError {
+    /// The executable did not start.
+    #[error("cannot start CRIU {}; see `stillbox doctor`", path.display())]
+    Spawn {
+        /// The executable.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A folder of the operation cannot be used.
+    #[error("cannot use {} for CRIU's images or logs", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// CRIU said no, or died.
+    #[error("CRIU could not {verb} the sandbox: {reason}; its log is {}", log.display())]
+    Refused {
+        /// `dump` or `restore`.
+        verb: &'static str,
+        /// CRIU's first errors, without the harmless ones.
+        reason: String,
+        /// The whole story.
+        log: PathBuf,
+    },
+    /// It took longer than the caller allows; CRIU was killed.
+    #[error("CRIU did not {verb} the sandbox within {} s; its log is {}", deadline.as_secs(), log.display())]
+    TimedOut {
+        /// `dump` or `restore`.
+        verb: &'static str,
+        /// The bound.
+        deadline: Duration,
+        /// How far it came.
+        log: PathBuf,
+    },
+    /// The caller's own step failed; CRIU was told so and undid its work.
+    #[error("{moment} of the {verb} failed")]
+    Hook {
+        /// `dump` or `restore`.
+        verb: &'static str,
+        /// CRIU's name of the moment.
+        moment: String,
+        /// The step's error.
+        #[source]
+        source: HookError,
+    },
+    /// The conversation with CRIU broke in a way that no version >= 4.2 should.
+    #[error("CRIU's answer to {verb} makes no sense: {detail}")]
+    Protocol {
+        /// `dump` or `restore`.
+        verb: &'static str,
+        /// What was seen.
+        detail: String,
+    },
+}
+
+/// What to dump, and where to.
+#[derive(Debug)]
+pub(crate) struct DumpOptions<'a> {
+    /// The CRIU to run.
+    pub(crate) criu: &'a Path,
+    /// The sandbox's pid 1, as the host sees it.
+    pub(crate) init: i32,
+    /// An existing, empty folder for the images.
+    pub(crate) images: &'a Path,
+    /// An existing folder for `dump.log`.
+    pub(crate) work: &'a Path,
+    /// What becomes of the tasks.
+    pub(crate) after: AfterDump,
+    /// Bound on the whole operation, memory writing included.
+    pub(crate) deadline: Duration,
+}
+
+/// What a dump did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DumpReport {
+    /// From just before the tasks were seized until CRIU was done with them; an upper bound.
+    pub(crate) standstill: Duration,
+}
+
+/// Dumps the tree below `init`.
+///
+/// `on_frozen` is called when the images are complete and the tasks still stand: the moment to copy the disk, and
+/// the last one to say no. When it fails the tasks go on, whatever `after` says.
+pub(crate) fn dump(
+    options: &DumpOptions<'_>,
+    mut on_frozen: impl FnMut() -> Result<(), HookError>,
+) -> Result<DumpReport, CriuError> {
+    let images = open_folder(options.images)?;
+    let work = open_folder(options.work)?;
+    let mut request = shared_options(&images, &work, Verb::Dump);
+    request.pid = Some(options.init);
+    request.leave_running = Some(options.after == AfterDump::KeepRunning);
+    request.tcp_skip_in_flight = Some(true);
+    // The veth goes away or the tasks stand still: nobody outside can see a half-dumped connection.
+    request.network_lock = Some(rpc::Criu_network_lock_method::SKIP.into());
+    request.ghost_limit = Some(GHOST_BYTES_MAX);
+    request.timeout = Some(FREEZE_TIMEOUT_S);
+
+    let mut swrk = Swrk::start(options.criu, Verb::Dump, options.work, options.deadline)?;
+    let mut frozen_at = None;
+    swrk.run(request, |moment, _pid| match moment {
+        "pre-dump" => {
+            frozen_at = Some(Instant::now());
+            Ok(())
+        }
+        "post-dump" => on_frozen(),
+        _ => Ok(()),
+    })?;
+    Ok(DumpReport { standstill: frozen_at.map_or(Duration::ZERO, |at| at.elapsed()) })
+}
+
+/// What to restore, and from where.
+#[derive(Debug)]
+pub(crate) struct RestoreOptions<'a> {
+    /// The CRIU to run: the one that wrote the images.
+    pub(crate) criu: &'a Path,
+    /// The images, with this sandbox's uid base in them: [`ImageView::folder`].
+    pub(crate) images: &'a Path,
+    /// An existing folder of this restore alone, for `restore.log` and the lazy-pages socket.
+    pub(crate) work: &'a Path,
+    /// The mounted root file system.
+    pub(crate) root: &'a Path,
+    /// Whether memory is read before or after the tasks run.
+    pub(crate) memory: Memory,
+    /// Bound on the whole operation.
+    pub(crate) deadline: Duration,
+}
+
+/// When a restore reads the memory images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// All of it before the tasks run.
+    Now,
+    /// As it is touched, and the rest in the background: [`lazy::spawn`] with the same folders comes first.
+    Lazily,
+}
+
+/// What a restore made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Restored {
+    /// The sandbox's pid 1, as the host sees it. A child of this process, so of the server once this one has ended.
+    pub(crate) init: i32,
+    /// Connections to the outside that were reset.
+    pub(crate) reset_connections: usize,
+}
+
+/// Restores the tree in this process's cgroups and cgroup namespace.
+///
+/// `set_up_netns` runs on a thread of its own inside the new network namespace, which has lo up and nothing else:
+/// link, the address of the dump, route and sysctls are made here (a missing address fails the restore of a
+/// connection). It gets the namespace and init's pid. Afterwards, with everything restored and nothing running yet,
+/// connections to the outside are reset.
+pub(crate) fn restore(
+    options: &RestoreOptions<'_>,
+    mut set_up_netns: impl FnMut(BorrowedFd<'_>, i32) -> Result<(), HookError> + Send,
+) -> Result<Restored, CriuError> {
+    let images = open_folder(options.images)?;
+    let work = open_folder(options.work)?;
+    let mut request = shared_options(&images, &work, Verb::Restore);
+    request.root = Some(options.root.to_string_lossy().into_owned());
+    request.rst_sibling = Some(true);
+    request.lazy_pages = Some(options.memory == Memory::Lazily);
+
+    let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, options.deadline)?;
+    let mut netns = None;
+    let mut reset_connections = 0;
+    let response = swrk.run(request, |moment, pid| match (moment, &netns) {
+        ("setup-namespaces", _) => {
+            let opened = File::open(format!("/proc/{pid}/ns/net"))?;
+            in_netns(opened.as_fd(), || {
+                crate::sys::netns::bring_loopback_up()?;
+                set_up_netns(opened.as_fd(), pid)
+            })?;
+            netns = Some(opened);
+            Ok(())
+        }
+        ("post-restore", Some(netns)) => {
+            reset_connections = in_netns(netns.as_fd(), || Ok(sock_diag::reset_outside_connections()?))?;
+            Ok(())
+        }
+        _ => Ok(()),
+    })?;
+    match response.restore.as_ref().map(rpc::Criu_restore_resp::pid) {
+        Some(init) if init > 0 => Ok(Restored { init, reset_connections }),
+        _ => Err(CriuError::Protocol { verb: Verb::Restore.name(), detail: "no pid in a successful restore".to_owned() }),
+    }
+}
+
+/// What dump and restore must agree on.
+fn shared_options(images: &File, work: &File, verb: Verb) -> rpc::Criu_opts {
+    let mut options = rpc::Criu_opts::new();
+    options.images_dir_fd = Some(images.as_raw_fd());
+    options.work_dir_fd = Some(work.as_raw_fd());
+    options.log_file = Some(verb.log_name().to_owned());
+    options.log_level = Some(2);
+    // CRIU stops for our hooks only when asked to.
+    options.notify_scripts = Some(true);
+    // The cgroup is this process's, made fresh and joined before; CRIU restores none.
+    options.manage_cgroups = Some(true);
+    options.manage_cgroups_mode = Some(rpc::Criu_cg_mode::IGNORE.into());
+    // Connections live, the netns around them is made anew.
+    options.empty_ns = Some(CloneFlags::CLONE_NEWNET.bits().cast_unsigned());
+    options.tcp_established = Some(true);
+    options.file_locks = Some(true);
+    options.link_remap = Some(true);
+    options.ext_unix_sk = Some(true);
+    options.orphan_pts_master = Some(true);
+    options
+}
+
+fn open_folder(path: &Path) -> Result<File, CriuError> {
+    let folder = File::open(path).and_then(|file| match file.metadata()?.is_dir() {
+        true => Ok(file),
+        false => Err(std::io::ErrorKind::NotADirectory.into()),
+    });
+    folder.map_err(|source| CriuError::Folder { path: path.to_owned(), source })
+}
+
+/// Runs `work` on a thread that has entered `netns`; this process's own thread stays where it is, because the
+/// sandbox's sockets must not become the helper's.
+fn in_netns<T: Send>(
+    netns: BorrowedFd<'_>,
+    work: impl FnOnce() -> Result<T, HookError> + Send,
+) -> Result<T, HookError> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            setns(netns, CloneFlags::CLONE_NEWNET)?;
+            work()
+        });
+        thread.join().unwrap_or_else(|_| Err("the thread inside the network namespace panicked".into()))
+    })
+}

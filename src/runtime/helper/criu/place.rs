@@ -1,0 +1,85 @@
+//! Where CRIU runs: a mount namespace of the helper's own, and for a restore the sandbox's cgroups.
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// CRIU probes the kernel at each start (25-30 ms) unless it finds its notes here; it keeps them on a tmpfs only.
+const NOTES: &str = "/run/criu.kdat";
+
+/// Why the place could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlaceError {
+    /// The private mount namespace.
+    #[error("cannot make a private mount namespace with an own /run; CRIU needs CAP_SYS_ADMIN")]
+    Mounts(#[source] io::Error),
+    /// Moving into the sandbox's cgroup.
+    #[error("cannot move into cgroup {}", path.display())]
+    Cgroup {
+        /// The folder of the cgroup.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Making the cgroup the root of what the sandbox sees.
+    #[error("cannot make a cgroup namespace")]
+    CgroupNamespace(#[source] io::Error),
+}
+
+/// Moves this process into a mount namespace of its own that still follows the host's mounts and unmounts (a slave:
+/// a private copy would pin disks that the server unmounts), with a tmpfs on /run. The notes that an earlier CRIU
+/// left in `notes_cache` are put there; the returned guard brings new ones back.
+///
+/// `notes_cache` names a file of this CRIU's own folder; nothing below /run is visible afterwards, so no path of
+/// the operation may lie there.
+pub(crate) fn enter_private_mounts(notes_cache: &Path) -> Result<ProbeNotes, PlaceError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), flags, Some("size=1m,mode=700"))
+        .map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    let cache = per_boot(notes_cache);
+    let known = std::fs::copy(&cache, NOTES).is_ok();
+    Ok(ProbeNotes { cache, known })
+}
+
+/// The notes hold addresses of this boot's kernel.
+fn per_boot(notes_cache: &Path) -> PathBuf {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    notes_cache.with_extension(boot_id.trim())
+}
+
+/// CRIU's notes about the kernel, kept between helper processes. Only time is lost when they cannot be.
+#[derive(Debug)]
+pub(crate) struct ProbeNotes {
+    cache: PathBuf,
+    known: bool,
+}
+
+impl Drop for ProbeNotes {
+    fn drop(&mut self) {
+        if self.known {
+            return;
+        }
+        let aside = self.cache.with_extension(format!("{}.tmp", std::process::id()));
+        let kept = std::fs::copy(NOTES, &aside).and_then(|_| std::fs::rename(&aside, &self.cache));
+        if kept.is_err() {
+            let _ = std::fs::remove_file(&aside);
+        }
+    }
+}
+
+/// Moves this process into the sandbox's fresh cgroups and makes them the root of a new cgroup namespace: what CRIU
+/// restores from here lives there, is charged there and sees nothing above. One folder on v2, one per controller on v1.
+pub(crate) fn join_cgroups(cgroups: &[PathBuf]) -> Result<(), PlaceError> {
+    for path in cgroups {
+        // "0" is the writer, whatever pid namespace it is in.
+        std::fs::write(path.join("cgroup.procs"), "0")
+            .map_err(|source| PlaceError::Cgroup { path: path.clone(), source })?;
+    }
+    unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| PlaceError::CgroupNamespace(errno.into()))
+}
