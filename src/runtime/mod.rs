@@ -6,6 +6,7 @@
 
 pub mod fill;
 mod helper;
+pub mod network;
 
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
 use std::path::PathBuf;
