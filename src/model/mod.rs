@@ -15,6 +15,6 @@ pub use record::{
     BuildRecord, BuildSource, BuildState, DumpKey, EndReason, Fit, KernelRef, LogEntry, LogLevel, MetricPoint, ProcessRef, SandboxRecord,
     SnapshotRecord, TemplateRecord,
 };
-pub use size::ByteSize;
+pub use size::{ByteSize, ParseSizeError};
 pub use spec::{AutoResume, Keep, Lifecycle, OnTimeout, Resources, SandboxSpec, Secure};
 pub use state::SandboxState;

@@ -1,0 +1,110 @@
+//! The table of all keys: name, and how it sets its field. config/stillbox.toml explains each.
+
+use super::value::{Listen, Value};
+use super::{ApiKey, Config, LogFormat};
+use std::path::PathBuf;
+
+type Setter = fn(&mut Config, &Value) -> Result<(), String>;
+
+macro_rules! keys {
+    ($($name:literal => |$config:ident, $value:ident| $set:expr;)*) => {
+        const KEYS: &[(&str, Setter)] = &[$(($name, |$config, $value| { $set; Ok(()) })),*];
+    };
+}
+
+keys! {
+    "data_dir" => |c, v| c.data_dir = absolute(v)?;
+    "listen" => |c, v| c.listen = Listen::parse(v)?;
+    "tls_listen" => |c, v| c.tls_listen = Listen::parse(v)?;
+    "domain" => |c, v| c.domain = domain(v)?;
+    "api_key" => |c, v| c.api_key = Some(api_key(v)?);
+    "log" => |c, v| c.log = log_filter(v)?;
+    "log_format" => |c, v| c.log_format = log_format(v)?;
+    "resources.cpu_count" => |c, v| c.resources.cpu_count = v.whole(1, 1024)?;
+    "resources.memory" => |c, v| c.resources.memory = at_least_mib(v, 128)?;
+    "resources.disk" => |c, v| c.resources.disk = at_least_mib(v, 256)?;
+    "resources.pids_max" => |c, v| c.resources.pids_max = v.whole(64, 4_194_304)?;
+    "sandbox.timeout_max" => |c, v| c.sandbox.timeout_max = v.duration()?;
+    "sandbox.running_max" => |c, v| c.sandbox.running_max = v.whole(1, 100_000)?;
+    "sandbox.metrics_every" => |c, v| c.sandbox.metrics_every = v.duration()?;
+    "sandbox.history_kept" => |c, v| c.sandbox.history_kept = v.duration()?;
+    "sandbox.wake_wait_max" => |c, v| c.sandbox.wake_wait_max = v.duration()?;
+    "sandbox.wake_timeout_min" => |c, v| c.sandbox.wake_timeout_min = v.duration()?;
+    "sandbox.agent_ready_max" => |c, v| c.sandbox.agent_ready_max = v.duration()?;
+}
+
+/// Sets `key`; the error says what is wrong with the key or the value.
+pub(super) fn set(config: &mut Config, key: &str, value: &Value) -> Result<(), String> {
+    match KEYS.iter().find(|(name, _)| *name == key) {
+        Some((_, setter)) => setter(config, value),
+        None => Err(match nearest(key) {
+            Some(near) => format!("there is no such setting; did you mean {near}? config/stillbox.toml lists them all"),
+            None => "there is no such setting; config/stillbox.toml lists them all".to_owned(),
+        }),
+    }
+}
+
+/// The key that a variable sets: `STILLBOX_` and the key in upper case with `_` for `.`.
+pub(super) fn of_variable(name: &str) -> Option<&'static str> {
+    KEYS.iter().map(|(key, _)| *key).find(|key| format!("STILLBOX_{}", key.replace('.', "_").to_uppercase()) == name)
+}
+
+/// Whether a table in the file is this key's value, not a group of keys.
+pub(super) const fn is_map(_key: &str) -> bool {
+    false
+}
+
+/// Every key.
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().map(|(key, _)| *key)
+}
+
+/// A key that shares its last word or differs in few letters.
+fn nearest(key: &str) -> Option<&'static str> {
+    let last = key.rsplit('.').next().unwrap_or(key);
+    KEYS.iter().map(|(name, _)| *name).find(|name| name.rsplit('.').next() == Some(last))
+}
+
+fn absolute(value: &Value) -> Result<PathBuf, String> {
+    let path = PathBuf::from(value.text()?);
+    if path.is_absolute() { Ok(path) } else { Err(format!("'{}' is not an absolute path", path.display())) }
+}
+
+fn domain(value: &Value) -> Result<String, String> {
+    let text = value.text()?.to_ascii_lowercase();
+    let (name, port) = text.rsplit_once(':').map_or((text.as_str(), None), |(name, port)| (name, Some(port)));
+    let is_label = |l: &str| !l.is_empty() && l.len() <= 63 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if name.split('.').count() < 2 || !name.split('.').all(is_label) || port.is_some_and(|p| p.parse::<u16>().is_err()) {
+        return Err(format!("'{text}' is not a domain of two labels or more with an optional :port, such as stillbox.localhost:3443 (TLS clients refuse wildcards below one label)"));
+    }
+    Ok(text)
+}
+
+fn api_key(value: &Value) -> Result<ApiKey, String> {
+    let text = value.text()?;
+    let is_good = text.len() >= 16 && text.len() <= 256 && text.bytes().all(|b| b.is_ascii_graphic());
+    if is_good { Ok(ApiKey(text)) } else { Err("an API key has 16 to 256 printable ASCII characters; E2B's older SDKs want e2b_ and hex digits".to_owned()) }
+}
+
+fn log_filter(value: &Value) -> Result<String, String> {
+    let text = value.text()?;
+    match text.parse::<tracing_subscriber::filter::EnvFilter>() {
+        Ok(_) => Ok(text),
+        Err(error) => Err(format!("'{text}' is not a log filter such as info or stillbox=debug: {error}")),
+    }
+}
+
+fn log_format(value: &Value) -> Result<LogFormat, String> {
+    match value.text()?.as_str() {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        other => Err(format!("'{other}' is neither text nor json")),
+    }
+}
+
+fn at_least_mib(value: &Value, least: u64) -> Result<crate::model::ByteSize, String> {
+    let size = value.size()?;
+    let least = crate::model::ByteSize::mib(least);
+    if size >= least { Ok(size) } else { Err(format!("{size} is less than {least}")) }
+}

@@ -1,0 +1,257 @@
+//! One [`Config`] made of each room's own: flags over `STILLBOX_*` variables over config/stillbox.toml over defaults.
+//!
+//! Every key stands once, in keys.rs, with the field it sets; file, environment and `--set` go through that one table,
+//! so an unknown key is an error everywhere and all errors are reported at once. The only reader of the environment.
+
+mod keys;
+mod value;
+
+pub use value::Listen;
+
+use crate::model::Resources;
+use crate::model::ByteSize;
+use crate::sandbox::SandboxConfig;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use value::Value;
+
+/// Everything that can be set, with every value checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Where all state lives; one server at a time.
+    pub data_dir: PathBuf,
+    /// Plain HTTP: control plane and proxy.
+    pub listen: Listen,
+    /// HTTPS: control plane at `api.<domain>` and `<port>-<id>.<domain>`.
+    pub tls_listen: Listen,
+    /// What sandboxes' URLs end in, with the port that clients use when it is not 443.
+    pub domain: String,
+    /// The key that clients send; `None` = made at first start, kept in `data_dir/api_key`.
+    pub api_key: Option<ApiKey>,
+    /// Log filter in tracing's syntax.
+    pub log: String,
+    /// Whether log lines are JSON.
+    pub log_format: LogFormat,
+    /// Limits of a sandbox when its template says nothing.
+    pub resources: Resources,
+    /// The core's bounds.
+    pub sandbox: SandboxConfig,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object per line.
+    Json,
+}
+
+/// The API key, kept out of logs.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiKey(pub String);
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ApiKey(…)")
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data_dir: PathBuf::from("/var/lib/stillbox"),
+            listen: Listen::loopback(3000),
+            tls_listen: Listen::loopback(3443),
+            domain: "stillbox.localhost:3443".to_owned(),
+            api_key: None,
+            log: "info".to_owned(),
+            log_format: LogFormat::Text,
+            resources: Resources { cpu_count: 2, memory: ByteSize::gib(1), disk: ByteSize::gib(20), pids_max: 4096 },
+            sandbox: SandboxConfig {
+                timeout_max: Duration::from_secs(24 * 3600),
+                running_max: 100,
+                metrics_every: Duration::from_secs(2),
+                history_kept: Duration::from_secs(3600),
+                wake_wait_max: Duration::from_secs(30),
+                wake_timeout_min: Duration::from_secs(300),
+                agent_ready_max: Duration::from_secs(10),
+            },
+        }
+    }
+}
+
+/// One thing wrong with the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Where the value came from: a file with its line, a variable, a flag.
+    pub origin: String,
+    /// What is wrong and what would be right.
+    pub what: String,
+}
+
+/// All that is wrong with the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.iter().map(|p| format!("{}: {}", p.origin, p.what)).collect::<Vec<_>>().join("\n"))]
+pub struct ConfigErrors(pub Vec<Problem>);
+
+/// Where values come from, least important first.
+#[derive(Debug, Clone, Default)]
+pub struct Sources {
+    /// A configuration file that must exist, from `--config`; else `STILLBOX_CONFIG`; else /etc/stillbox/stillbox.toml
+    /// if it is there.
+    pub file: Option<PathBuf>,
+    /// `STILLBOX_*` variables.
+    pub environment: Vec<(String, String)>,
+    /// `key=value` from flags.
+    pub flags: Vec<(String, String)>,
+}
+
+impl Sources {
+    /// The process's environment and these flags.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
+    pub fn of_process(file: Option<PathBuf>, flags: Vec<(String, String)>) -> Self {
+        let environment: Vec<(String, String)> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned())))
+            .filter(|(name, _)| name.starts_with(PREFIX) && !NOT_KEYS.contains(&name.as_str()))
+            .collect();
+        let named = std::env::var_os("STILLBOX_CONFIG").map(PathBuf::from);
+        let usual = Some(PathBuf::from("/etc/stillbox/stillbox.toml")).filter(|path| path.exists());
+        Self { file: file.or(named).or(usual), environment, flags }
+    }
+}
+
+const PREFIX: &str = "STILLBOX_";
+/// Variables of ours that are no configuration keys: the file's path, the client's address, build-time paths.
+const NOT_KEYS: [&str; 6] =
+    ["STILLBOX_CONFIG", "STILLBOX_URL", "STILLBOX_AGENT_BIN", "STILLBOX_CRIU_BIN", "STILLBOX_FAILPOINT", "STILLBOX_TEST_BASE"];
+
+impl Config {
+    /// Puts the sources together. Every problem of every source is reported, not the first.
+    pub fn load(sources: &Sources) -> Result<Self, ConfigErrors> {
+        let mut config = Self::default();
+        let mut problems = Vec::new();
+        let mut apply = |origin: String, key: &str, value: &Value| {
+            if let Err(what) = keys::set(&mut config, key, value) {
+                problems.push(Problem { origin, what });
+            }
+        };
+        match sources.file.as_deref().map(read_file).transpose() {
+            Ok(values) => {
+                for (key, value) in values.unwrap_or_default() {
+                    let path = sources.file.as_deref().unwrap_or(Path::new("")).display();
+                    apply(format!("{path}, key {key}"), &key, &value);
+                }
+            }
+            Err(problem) => return Err(ConfigErrors(vec![problem])),
+        }
+        for (name, text) in &sources.environment {
+            match keys::of_variable(name) {
+                Some(key) => apply(format!("variable {name}"), key, &Value::Text(text.clone())),
+                None => apply(format!("variable {name}"), name, &Value::Text(text.clone())),
+            }
+        }
+        for (key, text) in &sources.flags {
+            apply(format!("flag {key}"), key, &Value::Text(text.clone()));
+        }
+        problems.extend(config.contradictions());
+        if problems.is_empty() { Ok(config) } else { Err(ConfigErrors(problems)) }
+    }
+
+    /// The domain without its port: what certificates are made for.
+    pub fn domain_name(&self) -> &str {
+        self.domain.rsplit_once(':').map_or(&self.domain, |(name, _)| name)
+    }
+
+    /// Values that are good alone and not together.
+    fn contradictions(&self) -> Vec<Problem> {
+        let mut found = Vec::new();
+        if self.listen.addresses.iter().any(|a| a.port() != 0 && self.tls_listen.addresses.contains(a)) {
+            found.push(Problem {
+                origin: "listen and tls_listen".into(),
+                what: format!("both name {}; give one of them another port", self.listen),
+            });
+        }
+        found
+    }
+}
+
+/// The file's values by dotted key.
+fn read_file(path: &Path) -> Result<Vec<(String, Value)>, Problem> {
+    let problem = |what: String| Problem { origin: path.display().to_string(), what };
+    let text = std::fs::read_to_string(path).map_err(|error| problem(error.to_string()))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| problem(error.to_string().trim().to_owned()))?;
+    let mut values = Vec::new();
+    flatten("", table, &mut values);
+    Ok(values)
+}
+
+fn flatten(prefix: &str, table: toml::Table, into: &mut Vec<(String, Value)>) {
+    for (name, value) in table {
+        let key = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
+        match value {
+            toml::Value::Table(table) if !keys::is_map(&key) => flatten(&key, table, into),
+            value => into.push((key, Value::File(value))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shipped_file() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("config/stillbox.toml")
+    }
+
+    #[test]
+    fn the_shipped_file_names_every_key_with_its_default() {
+        let in_file: Vec<String> = read_file(&shipped_file()).unwrap().into_iter().map(|(key, _)| key).collect();
+        for key in keys::names() {
+            let optional = format!("# {} = ", key.rsplit('.').next().unwrap());
+            let text = std::fs::read_to_string(shipped_file()).unwrap();
+            assert!(in_file.iter().any(|name| name == key) || text.contains(&optional), "config/stillbox.toml lacks {key}");
+        }
+        let sources = Sources { file: Some(shipped_file()), ..Sources::default() };
+        assert_eq!(Config::load(&sources).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn a_flag_wins_over_a_variable_over_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("stillbox.toml");
+        std::fs::write(&file, "domain = 'from.file'\n[sandbox]\nrunning_max = 5\ntimeout_max = '1 h'\n").unwrap();
+        let config = Config::load(&Sources {
+            file: Some(file),
+            environment: vec![("STILLBOX_DOMAIN".into(), "from.env".into()), ("STILLBOX_SANDBOX_RUNNING_MAX".into(), "6".into())],
+            flags: vec![("domain".into(), "from.flag".into())],
+        })
+        .unwrap();
+        assert_eq!(config.domain, "from.flag");
+        assert_eq!(config.sandbox.running_max, 6);
+        assert_eq!(config.sandbox.timeout_max, Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn all_problems_are_reported_at_once_with_their_origin() {
+        let errors = Config::load(&Sources {
+            file: None,
+            environment: vec![("STILLBOX_COLOUR".into(), "red".into()), ("STILLBOX_LISTEN".into(), "nowhere".into())],
+            flags: vec![("sandbox.timeout_max".into(), "soon".into())],
+        })
+        .unwrap_err();
+        let text = errors.to_string();
+        assert_eq!(errors.0.len(), 3, "{text}");
+        assert!(text.contains("variable STILLBOX_COLOUR: there is no such setting"), "{text}");
+        assert!(text.contains("variable STILLBOX_LISTEN: 'nowhere' is not an address"), "{text}");
+        assert!(text.contains("flag sandbox.timeout_max: 'soon' is not a duration"), "{text}");
+    }
+
+    #[test]
+    fn one_port_for_both_listeners_is_refused() {
+        let flags = vec![("tls_listen".to_owned(), "127.0.0.1:3000".to_owned())];
+        let errors = Config::load(&Sources { flags, ..Sources::default() }).unwrap_err();
+        assert!(errors.to_string().contains("both name"), "{errors}");
+    }
+}
