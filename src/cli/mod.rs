@@ -1,1 +1,114 @@
-//! The command line: a client of the API, nothing more.
+//! The command line. `serve` and `runtime` hand over to their rooms; everything else is a client of the API.
+
+mod client;
+mod env;
+mod exec;
+mod output;
+mod sandbox;
+mod template;
+
+use crate::config::{Config, ConfigErrors, Sources};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+pub use client::{Client, ClientError};
+
+/// Sandboxes for untrusted code on one Linux machine, for the E2B, Novita and HopX SDKs.
+#[derive(Debug, Parser)]
+#[command(name = "stillbox", version, max_term_width = 110)]
+pub struct Arguments {
+    #[command(flatten)]
+    settings: Settings,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Settings common to all subcommands; the same names as in config/stillbox.toml.
+#[derive(Debug, Clone, Args)]
+struct Settings {
+    /// Configuration file [default: $STILLBOX_CONFIG, else /etc/stillbox/stillbox.toml if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where all state lives [default: /var/lib/stillbox]
+    #[arg(long, global = true, value_name = "DIR")]
+    data_dir: Option<String>,
+    /// Plain HTTP address [default: localhost:3000]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// HTTPS address [default: localhost:3443]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    tls_listen: Option<String>,
+    /// What sandboxes' URLs end in [default: stillbox.localhost:3443]
+    #[arg(long, global = true, value_name = "DOMAIN")]
+    domain: Option<String>,
+    /// The key clients send [default: the one in the data folder]
+    #[arg(long, global = true, value_name = "KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Any other setting, e.g. --set sandbox.running_max=20
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE", value_parser = key_and_value)]
+    set: Vec<(String, String)>,
+}
+
+fn key_and_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err("write KEY=VALUE".to_owned()),
+    }
+}
+
+impl Settings {
+    fn load(&self) -> Result<Config, ConfigErrors> {
+        let named = [
+            ("data_dir", &self.data_dir),
+            ("listen", &self.listen),
+            ("tls_listen", &self.tls_listen),
+            ("domain", &self.domain),
+            ("api_key", &self.api_key),
+        ];
+        let named = named.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
+        Config::load(&Sources::of_process(self.config.clone(), named.chain(self.set.iter().cloned()).collect()))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print the settings that an SDK needs, for eval "$(stillbox env)"
+    Env(env::EnvArguments),
+    /// List, create, use and end sandboxes
+    #[command(subcommand, visible_alias = "sbx")]
+    Sandbox(sandbox::SandboxCommand),
+    /// List and build templates
+    #[command(subcommand)]
+    Template(template::TemplateCommand),
+}
+
+/// Runs the subcommand. Problems go to standard error, one line each; the code is 0 only when all went well.
+pub fn run(arguments: Arguments) -> ExitCode {
+    let config = match arguments.settings.load() {
+        Ok(config) => config,
+        Err(errors) => {
+            for problem in errors.0 {
+                eprintln!("stillbox: {}: {}", problem.origin, problem.what);
+            }
+            return ExitCode::from(2);
+        }
+    };
+    let outcome = match arguments.command {
+        Command::Env(arguments) => env::run(&config, &arguments),
+        Command::Sandbox(command) => sandbox::run(&config, command),
+        Command::Template(command) => template::run(&config, command),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("stillbox: {error}");
+        let mut source = error.source();
+        while let Some(cause) = source {
+            eprintln!("  because: {cause}");
+            source = cause.source();
+        }
+        ExitCode::FAILURE
+    })
+}
+
+/// What subcommands return: an exit code, or what went wrong in one line with its causes.
+type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;

@@ -1,0 +1,185 @@
+//! A small blocking client of the control plane and of the agents behind the proxy.
+
+use crate::config::Config;
+use serde::de::DeserializeOwned;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Why the server did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No key anywhere.
+    #[error("no API key: {path} cannot be read ({source}); start the server once, run as its user, or give --api-key")]
+    NoKey {
+        /// Where the server keeps it.
+        path: PathBuf,
+        /// Why it could not be read.
+        source: io::Error,
+    },
+    /// Nobody answers at the address.
+    #[error("no answer from {url} ({reason}); is `stillbox serve` running there? --listen names another address")]
+    Unreachable {
+        /// The address.
+        url: String,
+        /// The transport's word.
+        reason: String,
+    },
+    /// The server said no.
+    #[error("{message} ({status})")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// The server's message.
+        message: String,
+    },
+    /// The answer is not what this version expects.
+    #[error("unexpected answer from {url}: {reason}")]
+    Garbled {
+        /// What was asked.
+        url: String,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
+/// A connection to one server.
+pub struct Client {
+    agent: ureq::Agent,
+    base: String,
+    key: String,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Client").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+/// The longest body that is read whole.
+const BODY_BYTES_MAX: u64 = 64 << 20;
+
+impl Client {
+    /// For the server that `config` describes: its first plain address, its key or the one in its data folder.
+    pub fn new(config: &Config) -> Result<Self, ClientError> {
+        let key = match &config.api_key {
+            Some(key) => key.0.clone(),
+            None => {
+                let path = config.data_dir.join("api_key");
+                let text = std::fs::read_to_string(&path).map_err(|source| ClientError::NoKey { path, source })?;
+                text.trim().to_owned()
+            }
+        };
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .timeout_connect(Some(Duration::from_secs(5)))
+            .user_agent(concat!("stillbox-cli/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .into();
+        Ok(Self { agent, base: base_url(config), key })
+    }
+
+    /// The same server and key, for another thread.
+    pub fn another(&self) -> Self {
+        Self { agent: self.agent.clone(), base: self.base.clone(), key: self.key.clone() }
+    }
+
+    /// `http://ADDRESS:PORT` without a trailing slash.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// GET of the control plane, the body parsed.
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        let url = format!("{}{path}", self.base);
+        let answer = self.agent.get(&url).header("X-API-KEY", &self.key).call();
+        self.parsed(&url, self.accepted(&url, answer)?)
+    }
+
+    /// POST of the control plane, the body parsed.
+    pub fn post<T: DeserializeOwned>(&self, path: &str, body: &serde_json::Value) -> Result<T, ClientError> {
+        let url = format!("{}{path}", self.base);
+        let answer = self.agent.post(&url).header("X-API-KEY", &self.key).send_json(body);
+        self.parsed(&url, self.accepted(&url, answer)?)
+    }
+
+    /// POST of the control plane whose answer's body does not matter.
+    pub fn post_empty(&self, path: &str, body: &serde_json::Value) -> Result<(), ClientError> {
+        let url = format!("{}{path}", self.base);
+        self.accepted(&url, self.agent.post(&url).header("X-API-KEY", &self.key).send_json(body)).map(|_| ())
+    }
+
+    /// DELETE of the control plane.
+    pub fn delete(&self, path: &str) -> Result<(), ClientError> {
+        let url = format!("{}{path}", self.base);
+        self.accepted(&url, self.agent.delete(&url).header("X-API-KEY", &self.key).call()).map(|_| ())
+    }
+
+    /// POST into a sandbox's agent through the proxy; the body is handed over as it arrives.
+    pub fn post_agent(
+        &self,
+        sandbox: &Target,
+        path: &str,
+        content_type: &str,
+        body: &[u8],
+    ) -> Result<ureq::Body, ClientError> {
+        let url = format!("{}{path}", self.base);
+        let mut request = self
+            .agent
+            .post(&url)
+            .header("E2b-Sandbox-Id", &sandbox.id)
+            .header("E2b-Sandbox-Port", "49983")
+            .header("Connect-Protocol-Version", "1")
+            .content_type(content_type);
+        if let Some(token) = &sandbox.token {
+            request = request.header("X-Access-Token", token);
+        }
+        if let Some(user) = &sandbox.user {
+            use base64::Engine as _;
+            let value = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
+            request = request.header("Authorization", &format!("Basic {value}"));
+        }
+        self.accepted(&url, request.send(body))
+    }
+
+    fn accepted(&self, url: &str, answer: Result<http::Response<ureq::Body>, ureq::Error>) -> Result<ureq::Body, ClientError> {
+        let answer = answer.map_err(|error| ClientError::Unreachable { url: url.to_owned(), reason: error.to_string() })?;
+        let status = answer.status().as_u16();
+        let mut body = answer.into_body();
+        if (200..300).contains(&status) {
+            return Ok(body);
+        }
+        let text = body.with_config().limit(1 << 20).read_to_string().unwrap_or_default();
+        let message = serde_json::from_str::<serde_json::Value>(&text)
+            .ok()
+            .and_then(|value| Some(value.get("message")?.as_str()?.to_owned()))
+            .unwrap_or_else(|| text.chars().take(400).collect());
+        Err(ClientError::Refused { status, message })
+    }
+
+    fn parsed<T: DeserializeOwned>(&self, url: &str, mut body: ureq::Body) -> Result<T, ClientError> {
+        let garbled = |reason: String| ClientError::Garbled { url: url.to_owned(), reason };
+        let text = body.with_config().limit(BODY_BYTES_MAX).read_to_string().map_err(|error| garbled(error.to_string()))?;
+        serde_json::from_str(&text).map_err(|error| garbled(error.to_string()))
+    }
+}
+
+/// Whose agent is spoken to, and as whom.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The sandbox.
+    pub id: String,
+    /// Its envd token, when it is secure.
+    pub token: Option<String>,
+    /// A user inside; `None` = the template's default.
+    pub user: Option<String>,
+}
+
+/// Where the server of `config` is reached from this machine.
+pub(super) fn base_url(config: &Config) -> String {
+    let address = config.listen.addresses[0];
+    match (address.ip().is_loopback(), address.ip().is_unspecified()) {
+        (true, _) | (_, true) => format!("http://localhost:{}", address.port()),
+        _ => format!("http://{address}"),
+    }
+}
