@@ -2,6 +2,7 @@
 
 use super::value::{Listen, Value};
 use super::{ApiKey, Config, LogFormat};
+use crate::sandbox::SnapshotSync;
 use std::path::PathBuf;
 
 type Setter = fn(&mut Config, &Value) -> Result<(), String>;
@@ -31,6 +32,9 @@ keys! {
     "sandbox.wake_wait_max" => |c, v| c.sandbox.wake_wait_max = v.duration()?;
     "sandbox.wake_timeout_min" => |c, v| c.sandbox.wake_timeout_min = v.duration()?;
     "sandbox.agent_ready_max" => |c, v| c.sandbox.agent_ready_max = v.duration()?;
+    "sandbox.paused_kept" => |c, v| c.sandbox.paused_kept = v.duration()?;
+    "snapshots.disk_bytes_max" => |c, v| c.sandbox.snapshots_bytes_max = v.size()?;
+    "pause.fsync" => |c, v| c.sandbox.snapshot_sync = snapshot_sync(v)?;
 }
 
 /// Sets `key`; the error says what is wrong with the key or the value.
@@ -100,6 +104,14 @@ fn log_format(value: &Value) -> Result<LogFormat, String> {
         "text" => Ok(LogFormat::Text),
         "json" => Ok(LogFormat::Json),
         other => Err(format!("'{other}' is neither text nor json")),
+    }
+}
+
+fn snapshot_sync(value: &Value) -> Result<SnapshotSync, String> {
+    match value.text()?.as_str() {
+        "background" => Ok(SnapshotSync::Background),
+        "before-reply" => Ok(SnapshotSync::BeforeReply),
+        other => Err(format!("'{other}' is neither background nor before-reply")),
     }
 }
 

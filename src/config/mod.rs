@@ -10,7 +10,7 @@ pub use value::Listen;
 
 use crate::model::Resources;
 use crate::model::ByteSize;
-use crate::sandbox::SandboxConfig;
+use crate::sandbox::{SandboxConfig, SnapshotSync};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -70,6 +70,8 @@ impl Default for Config {
             log_format: LogFormat::Text,
             resources: Resources { cpu_count: 2, memory: ByteSize::gib(1), disk: ByteSize::gib(20), pids_max: 4096 },
             sandbox: SandboxConfig {
+                data_dir: PathBuf::from("/var/lib/stillbox"),
+                nameservers: Vec::new(),
                 timeout_max: Duration::from_secs(24 * 3600),
                 running_max: 100,
                 metrics_every: Duration::from_secs(2),
@@ -77,6 +79,9 @@ impl Default for Config {
                 wake_wait_max: Duration::from_secs(30),
                 wake_timeout_min: Duration::from_secs(300),
                 agent_ready_max: Duration::from_secs(10),
+                snapshots_bytes_max: ByteSize::gib(100),
+                paused_kept: Duration::from_secs(30 * 24 * 3600),
+                snapshot_sync: SnapshotSync::Background,
             },
         }
     }
@@ -155,6 +160,7 @@ impl Config {
         for (key, text) in &sources.flags {
             apply(format!("flag {key}"), key, &Value::Text(text.clone()));
         }
+        config.sandbox.data_dir.clone_from(&config.data_dir);
         problems.extend(config.contradictions());
         if problems.is_empty() { Ok(config) } else { Err(ConfigErrors(problems)) }
     }
