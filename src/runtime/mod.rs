@@ -4,6 +4,7 @@
 //! tests away from the kernel. Forks, libcontainer and CRIU exist only in `helper/`, a process of its own.
 //! Never touches the store or HTTP.
 
+pub mod criu_binary;
 pub mod fill;
 mod helper;
 pub mod network;

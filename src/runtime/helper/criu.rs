@@ -22,11 +22,12 @@ pub(crate) use images::ImageView;
 pub(crate) use place::{ProbeNotes, enter_private_mounts, join_cgroups};
 
 use crate::runtime::AfterDump;
+use crate::sys::netns::{Netns, bring_loopback_up};
 use crate::sys::sock_diag;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::CloneFlags;
 use rust_criu::rust_criu_protobuf::rpc;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use swrk::{Swrk, Verb};
@@ -196,13 +197,12 @@ pub(crate) struct Restored {
 
 /// Restores the tree in this process's cgroups and cgroup namespace.
 ///
-/// `set_up_netns` runs on a thread of its own inside the new network namespace, which has lo up and nothing else:
-/// link, the address of the dump, route and sysctls are made here (a missing address fails the restore of a
-/// connection). It gets the namespace and init's pid. Afterwards, with everything restored and nothing running yet,
-/// connections to the outside are reset.
+/// `set_up_netns` gets the new network namespace, which has lo up and nothing else, and init's pid: link, the address
+/// of the dump, route and sysctls are made here (a missing address fails the restore of a connection). Afterwards,
+/// with everything restored and nothing running yet, connections to the outside are reset.
 pub(crate) fn restore(
     options: &RestoreOptions<'_>,
-    mut set_up_netns: impl FnMut(BorrowedFd<'_>, i32) -> Result<(), HookError> + Send,
+    mut set_up_netns: impl FnMut(&Netns, i32) -> Result<(), HookError>,
 ) -> Result<Restored, CriuError> {
     let images = open_folder(options.images)?;
     let work = open_folder(options.work)?;
@@ -214,18 +214,15 @@ pub(crate) fn restore(
     let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, options.deadline)?;
     let mut netns = None;
     let mut reset_connections = 0;
-    let response = swrk.run(request, |moment, pid| match (moment, &netns) {
-        ("setup-namespaces", _) => {
-            let opened = File::open(format!("/proc/{pid}/ns/net"))?;
-            in_netns(opened.as_fd(), || {
-                crate::sys::netns::bring_loopback_up()?;
-                set_up_netns(opened.as_fd(), pid)
-            })?;
-            netns = Some(opened);
-            Ok(())
+    let response = swrk.run(request, |moment, pid| match moment {
+        "setup-namespaces" => {
+            let made = netns.insert(Netns::of_process(pid)?);
+            made.run(bring_loopback_up)?;
+            set_up_netns(made, pid)
         }
-        ("post-restore", Some(netns)) => {
-            reset_connections = in_netns(netns.as_fd(), || Ok(sock_diag::reset_outside_connections()?))?;
+        "post-restore" => {
+            let netns = netns.as_ref().ok_or("CRIU made no network namespace")?;
+            reset_connections = netns.run(sock_diag::reset_outside_connections)?;
             Ok(())
         }
         _ => Ok(()),
@@ -264,19 +261,4 @@ fn open_folder(path: &Path) -> Result<File, CriuError> {
         false => Err(std::io::ErrorKind::NotADirectory.into()),
     });
     folder.map_err(|source| CriuError::Folder { path: path.to_owned(), source })
-}
-
-/// Runs `work` on a thread that has entered `netns`; this process's own thread stays where it is, because the
-/// sandbox's sockets must not become the helper's.
-fn in_netns<T: Send>(
-    netns: BorrowedFd<'_>,
-    work: impl FnOnce() -> Result<T, HookError> + Send,
-) -> Result<T, HookError> {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            setns(netns, CloneFlags::CLONE_NEWNET)?;
-            work()
-        });
-        thread.join().unwrap_or_else(|_| Err("the thread inside the network namespace panicked".into()))
-    })
 }
