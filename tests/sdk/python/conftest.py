@@ -1,0 +1,47 @@
+"""One server for the whole run; every test makes and ends its own sandboxes."""
+
+import os
+import socket
+
+import pytest
+from server import Server
+
+# Short, so that the tests of history and of waking need no long waits.
+SETTINGS = {"sandbox.running_max": "40"}
+
+_real_getaddrinfo = socket.getaddrinfo
+
+
+def _resolve_localhost(host, *arguments, **options):
+    """`*.localhost` is this machine (RFC 6761); glibc knows it only with nss-myhostname."""
+    name = host.decode() if isinstance(host, bytes) else host
+    if isinstance(name, str) and name.endswith(".localhost"):
+        host = "127.0.0.1"
+    return _real_getaddrinfo(host, *arguments, **options)
+
+
+socket.getaddrinfo = _resolve_localhost
+
+
+def pytest_addoption(parser):
+    parser.addoption("--js", default=None, help="folder with node_modules/e2b")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server():
+    server = Server(**SETTINGS)
+    server.start()
+    os.environ.update(server.environment())
+    yield server
+    server.remove()
+    if server.process.returncode not in (0, None):
+        pytest.fail(f"the server ended with {server.process.returncode}:\n{server.log()[-2000:]}")
+
+
+@pytest.fixture
+def sandbox(server):
+    from e2b import Sandbox
+
+    sandbox = Sandbox.create(timeout=120)
+    yield sandbox
+    sandbox.kill()

@@ -1,0 +1,130 @@
+"""A real `stillbox serve` with a data folder and ports of its own, and the means to kill it and start it again."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+BINARY = os.environ.get("STILLBOX_BIN", str(ROOT / "target/release/stillbox"))
+START_S_MAX = 240
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """One server. `start` may be called again after `kill9` or `stop`: the data folder and the ports stay."""
+
+    def __init__(self, **settings):
+        self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-"))
+        self.port, self.tls_port = free_port(), free_port()
+        self.settings = settings
+        self.process = None
+        self.log_path = self.data_dir.with_suffix(".log")
+
+    def command(self, *arguments):
+        settings = [f"--set={key}={value}" for key, value in self.settings.items()]
+        return [
+            BINARY,
+            f"--data-dir={self.data_dir}",
+            f"--listen=localhost:{self.port}",
+            f"--tls-listen=localhost:{self.tls_port}",
+            f"--domain=stillbox.localhost:{self.tls_port}",
+            *settings,
+            *arguments,
+        ]
+
+    def start(self):
+        log = open(self.log_path, "ab")
+        archive = os.environ.get("STILLBOX_TEST_BASE")
+        source = [f"--template-archive={archive}"] if archive else []
+        self.process = subprocess.Popen(self.command("serve", *source), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S_MAX
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log()[-4000:]}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return self
+            except OSError:
+                time.sleep(0.02)
+        raise RuntimeError(f"the server did not answer within {START_S_MAX} s:\n{self.log()[-4000:]}")
+
+    def log(self):
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def kill9(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self):
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(timeout=60)
+
+    def cli(self, *arguments, check=True, **options):
+        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120, **options)
+        if check and result.returncode != 0:
+            raise RuntimeError(f"stillbox {' '.join(arguments)} ended with {result.returncode}: {result.stderr}")
+        return result
+
+    def environment(self):
+        """What `stillbox env` prints, as a dict."""
+        lines = self.cli("env").stdout.splitlines()
+        pairs = [shlex.split(line.removeprefix("export "))[0].split("=", 1) for line in lines]
+        return dict(pairs)
+
+    def instance(self):
+        return (self.data_dir / "instance").read_text().strip()
+
+    def remove(self):
+        """Ends the sandboxes, the server, and removes the data folder; what the kernel still holds is an error."""
+        try:
+            if self.process is not None and self.process.poll() is None:
+                self.cli("sandbox", "kill", "--all", check=False)
+            self.stop()
+        finally:
+            for line in reversed(pathlib.Path("/proc/self/mountinfo").read_text().splitlines()):
+                mount_point = line.split()[4]
+                if mount_point.startswith(str(self.data_dir)):
+                    subprocess.run(["umount", mount_point], check=False, stderr=subprocess.DEVNULL)
+            shutil.rmtree(self.data_dir, ignore_errors=True)
+
+    def leftovers(self):
+        """What the kernel and the disk hold under this instance's name, apart from the server's own."""
+        instance = self.instance()
+        found = []
+        for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines():
+            if str(self.data_dir / "sandboxes") in line:
+                found.append("mount " + line.split()[4])
+        for backing in pathlib.Path("/sys/block").glob("loop*/loop/backing_file"):
+            try:
+                if str(self.data_dir / "sandboxes") in backing.read_text():
+                    found.append(f"loop device {backing}")
+            except OSError:
+                pass  # detached while we looked
+        for root, folders, _ in os.walk("/sys/fs/cgroup"):
+            found += [f"cgroup {root}/{name}" for name in folders if instance in name and "/" not in name and is_sandbox(name)]
+        for folder in (self.data_dir / "sandboxes").glob("*"):
+            found.append(f"folder {folder}")
+        return found
+
+
+def is_sandbox(name):
+    """Whether a cgroup's name has a sandbox id in it: `i` and 20 letters or digits."""
+    return any(len(word) == 21 and word[0] == "i" for word in name.replace(".", "-").replace("_", "-").split("-"))
+
+
+if __name__ == "__main__":
+    print(BINARY, file=sys.stderr)
