@@ -1,25 +1,147 @@
-//! The only SQL. One writer thread, read connections, numbered migrations; WAL, synchronous=FULL.
+//! The only SQL: one writer thread per database, a few read connections, numbered migrations.
 //!
-//! One function per question, named after it. Knows no business rule and no HTTP.
+//! Two databases below `data_dir`: `stillbox.db` is the truth (sandboxes, templates, snapshots; WAL, synchronous=FULL:
+//! what was answered survives a power cut), `history.db` holds metrics and logs (synchronous=NORMAL, bounded; the last
+//! seconds may be lost). Callers pass a closure of this room's functions, which names the question:
+//!
+//! ```ignore
+//! let record = store.read(move |db| sandboxes::by_id(db, id)).await?;
+//! store.write(move |db| sandboxes::update(db, &record)).await?;
+//! ```
+//! One closure is one transaction. Knows no business rule and no HTTP.
 
-use std::path::Path;
+mod database;
+pub mod history;
+pub mod idempotency;
+pub mod install;
+mod lock;
+mod migrate;
+pub mod sandboxes;
+pub mod snapshots;
+pub mod templates;
+mod value;
+
+use database::Database;
+pub use history::HistoryLimits;
+use crate::model::SandboxId;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 /// Why the store could not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// SQLite's own word, with the file.
-    #[error("{0}")]
-    Sqlite(String),
+    /// Another server works on this data folder.
+    #[error("data folder {} is in use by the server with pid {holder}; stop it or choose another data_dir", dir.display())]
+    Locked {
+        /// The folder.
+        dir: PathBuf,
+        /// What its lock file says.
+        holder: String,
+    },
+    /// SQLite's own word.
+    #[error("database {} failed", file.display())]
+    Database {
+        /// The file.
+        file: PathBuf,
+        /// Shared, because one failed commit answers several callers.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// Migrations only go forward.
+    #[error("database {} has schema {found}, this stillbox knows {known}; use the newer stillbox that wrote it", file.display())]
+    TooNew {
+        /// The file.
+        file: PathBuf,
+        /// Its schema.
+        found: usize,
+        /// The newest that this binary knows.
+        known: usize,
+    },
+    /// A column holds what this program never writes.
+    #[error("{column} holds '{value}', which is not {expected}")]
+    Corrupt {
+        /// `table.column`.
+        column: &'static str,
+        /// What was met, shortened.
+        value: String,
+        /// What belongs there.
+        expected: &'static str,
+    },
+    /// A file beside the databases.
+    #[error("could not use {}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The writer or a reader is gone.
+    #[error("the store is closed")]
+    Closed,
+    /// SQLite's word on one statement; becomes [`StoreError::Database`] where the file is known.
+    #[error("statement failed")]
+    Statement(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// The open database of a data folder. Cheap to clone; the last clone's drop closes it.
-#[derive(Debug, Clone)]
-pub struct Store {}
+/// An open transaction, or a reader's snapshot of the database: what this room's functions ask.
+#[derive(Debug)]
+pub struct Db<'a>(&'a rusqlite::Connection);
 
-#[expect(unused_variables, reason = "signatures first; the store's owner fills them in")]
+/// The open databases of a data folder, and the lock on it. Cheap to clone; the last clone's drop closes them.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+/// Fields drop in this order: the lock goes last.
+#[derive(Debug)]
+struct Inner {
+    truth: Database,
+    history: Database,
+    limits: HistoryLimits,
+    /// Samples of each sandbox since its oldest were last dropped.
+    samples: Mutex<BTreeMap<SandboxId, u32>>,
+    _lock: lock::DataDirLock,
+}
+
 impl Store {
-    /// Opens or makes `stillbox.db` in `data_dir` and brings it to the newest schema.
+    /// Locks `data_dir`, opens or makes its databases and brings them to the newest schema.
     pub fn open(data_dir: &Path) -> Result<Self, StoreError> {
-        todo!()
+        Self::open_with(data_dir, HistoryLimits::default())
+    }
+
+    /// [`Store::open`] with other bounds for metrics and logs.
+    pub fn open_with(data_dir: &Path, limits: HistoryLimits) -> Result<Self, StoreError> {
+        let lock = lock::DataDirLock::acquire(data_dir)?;
+        let truth = Database::open(data_dir.join("stillbox.db"), migrate::TRUTH, database::Durability::EveryCommit)?;
+        let history = Database::open(data_dir.join("history.db"), migrate::HISTORY, database::Durability::AtCheckpoints)?;
+        Ok(Self { inner: Arc::new(Inner { truth, history, limits, samples: Mutex::default(), _lock: lock }) })
+    }
+
+    /// Runs `question` in a write transaction of its own; an error undoes it. When this returns `Ok`, the change
+    /// survives a power cut. Dropping the future does not stop the write.
+    pub async fn write<T, F>(&self, question: F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Db<'_>) -> Result<T, StoreError> + Send + 'static,
+    {
+        self.inner.truth.write(question).await
+    }
+
+    /// Runs `question` on a read connection, on a snapshot that holds all writes answered before.
+    pub async fn read<T, F>(&self, question: F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Db<'_>) -> Result<T, StoreError> + Send + 'static,
+    {
+        self.inner.truth.read(question).await
+    }
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(source: rusqlite::Error) -> Self {
+        Self::Statement(Box::new(source))
     }
 }

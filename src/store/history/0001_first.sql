@@ -1,0 +1,30 @@
+-- Metrics and logs. Times are microseconds since 1970, UTC. Bounded by the store, oldest rows dropped first.
+
+CREATE TABLE metrics (
+    sandbox      TEXT NOT NULL,
+    at           INTEGER NOT NULL,
+    cpu_count    INTEGER NOT NULL,
+    cpu_used_pct REAL NOT NULL,
+    memory_used  INTEGER NOT NULL,
+    memory_total INTEGER NOT NULL,
+    memory_cache INTEGER NOT NULL,
+    disk_used    INTEGER NOT NULL,
+    disk_total   INTEGER NOT NULL
+) STRICT;
+CREATE INDEX metrics_of ON metrics (sandbox, at);
+
+-- scope is the id of a sandbox or of a build.
+CREATE TABLE logs (
+    scope       TEXT NOT NULL,
+    at          INTEGER NOT NULL,
+    level       INTEGER NOT NULL,
+    message     TEXT NOT NULL,
+    fields_json TEXT NOT NULL
+) STRICT;
+CREATE INDEX logs_of ON logs (scope, at);
+
+-- How far an agent's own log has been read.
+CREATE TABLE log_cursors (
+    scope TEXT PRIMARY KEY,
+    seq   INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;

@@ -1,0 +1,82 @@
+//! Rows of dumps.
+
+use super::value::{json_in, micros, parsed_in, signed, time_in, to_json, unsigned_in};
+use super::{Db, StoreError};
+use crate::model::{ByteSize, SnapshotId, SnapshotRecord};
+use rusqlite::{OptionalExtension, Row, params};
+
+const COLUMNS: &str = "id, sandbox, key_json, control_secret, memory_bytes, disk_bytes, created_at, synced";
+
+fn from_row(row: &Row<'_>) -> Result<SnapshotRecord, StoreError> {
+    Ok(SnapshotRecord {
+        id: parsed_in(row, "id")?,
+        sandbox: parsed_in(row, "sandbox")?,
+        key: json_in(row, "key_json")?,
+        control_secret: row.get("control_secret")?,
+        memory_bytes: ByteSize(unsigned_in(row, "memory_bytes")?),
+        disk_bytes: ByteSize(unsigned_in(row, "disk_bytes")?),
+        created_at: time_in(row, "created_at")?,
+        synced: row.get("synced")?,
+    })
+}
+
+/// A new row; its folder is in place already.
+pub fn insert(db: &Db<'_>, record: &SnapshotRecord) -> Result<(), StoreError> {
+    let sql = "INSERT OR REPLACE INTO snapshots (id, sandbox, key_json, control_secret, memory_bytes, disk_bytes, created_at, synced) \
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)";
+    db.0.prepare_cached(sql)?.execute(params![
+        record.id.as_str(),
+        record.sandbox.as_str(),
+        to_json(&record.key),
+        record.control_secret,
+        signed(record.memory_bytes.bytes()),
+        signed(record.disk_bytes.bytes()),
+        micros(record.created_at),
+        record.synced,
+    ])?;
+    Ok(())
+}
+
+/// The row.
+pub fn by_id(db: &Db<'_>, id: SnapshotId) -> Result<Option<SnapshotRecord>, StoreError> {
+    let sql = format!("SELECT {COLUMNS} FROM snapshots WHERE id = ?1");
+    let mut statement = db.0.prepare_cached(&sql)?;
+    statement.query_row([id.as_str()], |row| Ok(from_row(row))).optional()?.transpose()
+}
+
+/// All rows, oldest first.
+pub fn all(db: &Db<'_>) -> Result<Vec<SnapshotRecord>, StoreError> {
+    let sql = format!("SELECT {COLUMNS} FROM snapshots ORDER BY created_at, id");
+    let mut statement = db.0.prepare_cached(&sql)?;
+    let rows = statement.query_map([], |row| Ok(from_row(row)))?;
+    rows.map(|row| row?).collect()
+}
+
+/// Bytes of all dumps together.
+pub fn bytes_used(db: &Db<'_>) -> Result<ByteSize, StoreError> {
+    let sql = "SELECT coalesce(sum(memory_bytes + disk_bytes), 0) FROM snapshots";
+    let bytes: i64 = db.0.prepare_cached(sql)?.query_row([], |row| row.get(0))?;
+    Ok(ByteSize(bytes.unsigned_abs()))
+}
+
+/// Everything of it is on stable storage now.
+pub fn mark_synced(db: &Db<'_>, id: SnapshotId) -> Result<(), StoreError> {
+    db.0.prepare_cached("UPDATE snapshots SET synced = 1 WHERE id = ?1")?.execute([id.as_str()])?;
+    Ok(())
+}
+
+/// Removes the row; its folder goes afterwards. A build that named it starts cold from now on.
+pub fn remove(db: &Db<'_>, id: SnapshotId) -> Result<(), StoreError> {
+    db.0.prepare_cached("UPDATE builds SET dump = NULL WHERE dump = ?1")?.execute([id.as_str()])?;
+    db.0.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([id.as_str()])?;
+    Ok(())
+}
+
+/// Dumps that no paused sandbox and no build needs any more.
+pub fn unused(db: &Db<'_>) -> Result<Vec<SnapshotId>, StoreError> {
+    let sql = "SELECT id FROM snapshots s WHERE NOT EXISTS (SELECT 1 FROM builds WHERE dump = s.id) \
+               AND NOT EXISTS (SELECT 1 FROM sandboxes WHERE snapshot = s.id AND state NOT IN ('killed', 'failed'))";
+    let mut statement = db.0.prepare_cached(sql)?;
+    let rows = statement.query_map([], |row| Ok(parsed_in(row, "id")))?;
+    rows.map(|row| row?).collect()
+}
