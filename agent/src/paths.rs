@@ -13,13 +13,17 @@ pub(crate) enum PathError {
 }
 
 /// `""` is the default workdir, `~` and `~/x` are below the user's home, and so is a relative path; the result is
-/// absolute and lexically clean, and nothing on disk has been looked at.
+/// absolute, and nothing on disk has been looked at. Absolute paths stay as they were written, as in envd: their `..`
+/// is the kernel's to resolve, and answers show the path that was asked for.
 pub(crate) fn resolve(path: &str, user: &User, default_workdir: &str) -> Result<PathBuf, PathError> {
     if path.contains('\0') {
         return Err(PathError::Nul { path: path.replace('\0', "\\0") });
     }
     if path.is_empty() {
         return Ok(clean(&user.home.join(default_workdir)));
+    }
+    if path.starts_with('/') {
+        return Ok(PathBuf::from(path));
     }
     let joined = match path.strip_prefix('~') {
         None => user.home.join(path),
@@ -70,9 +74,14 @@ mod tests {
     }
 
     #[test]
-    fn dots_are_resolved_by_the_text_and_never_leave_the_root() {
+    fn dots_of_a_relative_path_are_resolved_by_the_text_and_never_leave_the_root() {
         assert_eq!(resolved("./a/../b/.").unwrap(), Path::new("/home/user/b"));
-        assert_eq!(resolved("/../../etc").unwrap(), Path::new("/etc"));
+        assert_eq!(resolved("../../../etc").unwrap(), Path::new("/etc"));
+    }
+
+    #[test]
+    fn an_absolute_path_stays_as_it_was_written() {
+        assert_eq!(resolved("/a/../b/").unwrap().to_str(), Some("/a/../b/"));
     }
 
     #[test]

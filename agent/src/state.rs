@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::filesystem::watchers::Watchers;
+
 /// The agent's state, one per process, shared by all handlers.
 #[derive(Debug)]
 pub(crate) struct Agent {
     identity: RwLock<Arc<Identity>>,
     control_secret: Mutex<String>,
+    pub(crate) watchers: Watchers,
 }
 
 /// Which sandbox this is. Taken whole by a request when it begins, so that an /init in between changes nothing for it.
@@ -45,7 +48,7 @@ impl Agent {
             cpu_count: None,
             memory_bytes: None,
         };
-        Arc::new(Agent { identity: RwLock::new(Arc::new(identity)), control_secret: Mutex::new(control_secret) })
+        Arc::new(Agent { identity: RwLock::new(Arc::new(identity)), control_secret: Mutex::new(control_secret), watchers: Watchers::default() })
     }
 
     pub(crate) fn identity(&self) -> Arc<Identity> {

@@ -7,12 +7,14 @@ use axum::http::HeaderMap;
 use connectrpc::{CompressionPolicy, ConnectError, ConnectRpcService, Limits, RequestContext, Router};
 
 use crate::auth;
+use crate::filesystem;
 use crate::paths::PathError;
 use crate::state::{Agent, Identity};
 use crate::users::{User, UserError};
+use proto::filesystem::FilesystemExt as _;
 
 /// Messages and service traits of proto/*.proto.
-#[allow(unreachable_pub, missing_debug_implementations, clippy::all, reason = "generated code")]
+#[allow(unreachable_pub, missing_debug_implementations, clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
 pub(crate) mod proto {
     connectrpc::include_generated!("envd.rs");
 }
@@ -23,9 +25,10 @@ const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
 const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
 
 /// All RPC services, to be mounted behind the plain routes. Never compresses: some clients decode identity alone.
-pub(crate) fn service(_agent: &Arc<Agent>) -> ConnectRpcService {
+pub(crate) fn service(agent: &Arc<Agent>) -> ConnectRpcService {
     let limits = Limits::default().with_max_request_body_size(MESSAGE_BYTES_MAX).with_max_message_size(MESSAGE_BYTES_MAX);
-    Router::new().into_axum_service().with_limits(limits).with_compression_policy(CompressionPolicy::disabled())
+    let filesystem = Arc::new(filesystem::service::Service { agent: Arc::clone(agent) });
+    filesystem.register(Router::new()).into_axum_service().with_limits(limits).with_compression_policy(CompressionPolicy::disabled())
 }
 
 /// The user that the call runs as.
