@@ -8,9 +8,13 @@ pub mod criu_binary;
 pub mod fill;
 mod helper;
 pub mod network;
+pub mod precheck;
 
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
 use std::path::PathBuf;
+
+/// Deleted files up to this size travel in a dump; the pre-dump check refuses larger ones by name.
+pub(crate) const GHOST_BYTES_MAX: u32 = 256 << 20;
 
 /// Where the upper layer of a sandbox's root file system comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]

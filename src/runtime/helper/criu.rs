@@ -21,7 +21,7 @@ mod swrk;
 pub(crate) use images::ImageView;
 pub(crate) use place::{ProbeNotes, enter_private_mounts, join_cgroups};
 
-use crate::runtime::AfterDump;
+use crate::runtime::{AfterDump, GHOST_BYTES_MAX};
 use crate::sys::netns::{Netns, bring_loopback_up};
 use crate::sys::sock_diag;
 use nix::sched::CloneFlags;
@@ -35,9 +35,6 @@ use swrk::{Swrk, Verb};
 /// CRIU's own bound on collecting and freezing the tasks: the sandbox stands still for at most this long before a
 /// dump gives up.
 const FREEZE_TIMEOUT_S: u32 = 5;
-
-/// Deleted files up to this size are dumped; the pre-dump check refuses larger ones by name.
-pub(crate) const GHOST_BYTES_MAX: u32 = 256 << 20;
 
 /// What a hook fails with.
 pub(crate) type HookError = Box<dyn std::error::Error + Send + Sync>;

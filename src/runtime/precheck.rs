@@ -1,0 +1,230 @@
+//! The pre-dump check: what in a sandbox cannot be dumped, or could be dumped but never restored.
+//!
+//! An explicit allow-list over /proc of the sandbox's processes: what is not known to survive is refused by name,
+//! before anything is touched, so that "cannot pause: gdb (pid 42) traces pid 7" reaches the user and the sandbox
+//! goes on. The tasks run meanwhile; whatever slips through between check and dump fails in CRIU, which leaves them
+//! running too. Two things must never slip through, since CRIU dumps them well and cannot restore them: file systems
+//! mounted inside that are not on the list, and memory that a lazy restore has not brought in yet.
+//!
+//! This file reads /proc; [`judge`] decides and [`parse`] reads text, both without touching the system.
+
+mod judge;
+mod parse;
+
+use super::Finding;
+use super::fill::Fill;
+use crate::sys::xattr;
+use judge::{FdFacts, SocketFacts};
+use parse::{Mount, Status};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// More findings than this help nobody.
+const FINDINGS_MAX: usize = 20;
+
+/// Open files looked at; a sandbox with more is refused rather than half checked.
+const FDS_MAX: usize = 200_000;
+
+/// Mount tables are the sandbox's to fill.
+const MOUNTINFO_BYTES_MAX: usize = 4 << 20;
+
+/// The namespaces that every process must share with pid 1. The mount namespace may be another one; the two for
+/// children differ from the process's own after an unshare.
+const SHARED_NAMESPACES: [&str; 9] =
+    ["user", "pid", "net", "ipc", "uts", "cgroup", "time", "pid_for_children", "time_for_children"];
+
+/// Everything that keeps the sandbox whose pid 1 is `init` (as the host sees it) from being dumped. Empty: nothing
+/// known does. Reads some files per process and one link per open file; call it where blocking is allowed.
+pub fn findings(init: i32, fill: Fill) -> io::Result<Vec<Finding>> {
+    let mut check = Check::new(init)?;
+    match fill {
+        Fill::Complete => {}
+        Fill::GoingOn => check.report(1, "memory", "is still being restored; try again in a moment".to_owned()),
+        Fill::Lost => check.report(1, "memory", "was not restored to its end; the sandbox is torn".to_owned()),
+    }
+    let mut waiting = vec![init];
+    while let Some(pid) = waiting.pop() {
+        if check.is_full() {
+            break;
+        }
+        match check.process(pid) {
+            Ok(children) => waiting.extend(children),
+            // It ended meanwhile, which pid 1 must not.
+            Err(_) if pid != init => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(check.findings)
+}
+
+struct Check {
+    /// What `SHARED_NAMESPACES` are for pid 1.
+    namespaces: BTreeMap<&'static str, PathBuf>,
+    /// Device of the root file system: binds of it are fine anywhere.
+    root_device: String,
+    /// Mount namespaces that were judged, and the ids of all mounts in them.
+    mount_namespaces: BTreeSet<PathBuf>,
+    mount_ids: HashSet<u64>,
+    fds_left: usize,
+    findings: Vec<Finding>,
+}
+
+impl Check {
+    fn new(init: i32) -> io::Result<Check> {
+        let mut namespaces = BTreeMap::new();
+        for name in SHARED_NAMESPACES {
+            // Kernels without time namespaces lack some of them.
+            if let Ok(link) = fs::read_link(format!("/proc/{init}/ns/{name}")) {
+                namespaces.insert(name, link);
+            }
+        }
+        let mounts = parse::mountinfo(&read_mountinfo(init)?);
+        // The last one mounted there is the one that is seen.
+        let root = mounts.iter().rfind(|mount| mount.point == "/");
+        let root_device = root.ok_or(io::ErrorKind::NotFound)?.device.clone();
+        Ok(Check {
+            namespaces,
+            root_device,
+            mount_namespaces: BTreeSet::new(),
+            mount_ids: HashSet::new(),
+            fds_left: FDS_MAX,
+            findings: Vec::new(),
+        })
+    }
+
+    fn is_full(&self) -> bool {
+        self.findings.len() >= FINDINGS_MAX
+    }
+
+    fn report(&mut self, pid: i32, command: &str, reason: String) {
+        let finding = Finding { pid, command: parse::printable(command), reason };
+        if !self.is_full() && !self.findings.contains(&finding) {
+            self.findings.push(finding);
+        }
+    }
+
+    /// Judges one process and returns its children.
+    fn process(&mut self, pid: i32) -> io::Result<Vec<i32>> {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let status = read_status(&proc)?;
+        if status.is_zombie {
+            return Ok(Vec::new());
+        }
+        let mut reasons: Vec<String> = judge::tracer(&status).into_iter().collect();
+        self.namespaces(&proc, &mut reasons);
+        self.mounts(pid, &proc, &mut reasons)?;
+        self.fds(&proc, &mut reasons)?;
+        let mut children = Vec::new();
+        for task in fs::read_dir(proc.join("task"))?.flatten() {
+            if let Ok(thread) = read_status(&task.path()) {
+                reasons.extend(judge::tracer(&thread).filter(|reason| !reasons.contains(reason)));
+            }
+            let listed = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            children.extend(listed.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+        }
+        for reason in reasons {
+            self.report(status.inner_pid, &status.command, reason);
+        }
+        Ok(children)
+    }
+
+    fn namespaces(&self, proc: &Path, reasons: &mut Vec<String>) {
+        for (name, expected) in &self.namespaces {
+            let found = fs::read_link(proc.join("ns").join(name));
+            reasons.extend(found.ok().and_then(|found| judge::namespace(name, &found, expected)));
+        }
+    }
+
+    /// Each mount namespace is judged once, in the name of the first process found in it.
+    fn mounts(&mut self, pid: i32, proc: &Path, reasons: &mut Vec<String>) -> io::Result<()> {
+        if !self.mount_namespaces.insert(fs::read_link(proc.join("ns/mnt"))?) {
+            return Ok(());
+        }
+        for mount in parse::mountinfo(&read_mountinfo(pid)?) {
+            self.mount_ids.insert(mount.id);
+            reasons.extend(judge::mount(&mount, &self.root_device));
+        }
+        Ok(())
+    }
+
+    fn fds(&mut self, proc: &Path, reasons: &mut Vec<String>) -> io::Result<()> {
+        for entry in fs::read_dir(proc.join("fd"))?.flatten() {
+            if self.fds_left == 0 {
+                reasons.push(format!("the sandbox has more than {FDS_MAX} open files"));
+                return Ok(());
+            }
+            self.fds_left -= 1;
+            let Some(facts) = read_fd(proc, &entry.path()) else { continue };
+            let reason = judge::fd(&facts, &self.mount_ids, self.namespaces.values());
+            reasons.extend(reason.filter(|reason| !reasons.contains(reason)));
+        }
+        Ok(())
+    }
+}
+
+fn read_status(proc: &Path) -> io::Result<Status> {
+    let bytes = fs::read(proc.join("status"))?;
+    parse::status(&String::from_utf8_lossy(&bytes)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn read_mountinfo(pid: i32) -> io::Result<String> {
+    use io::Read;
+    let mut bytes = Vec::new();
+    let limit = MOUNTINFO_BYTES_MAX as u64 + 1;
+    fs::File::open(format!("/proc/{pid}/mountinfo"))?.take(limit).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// `None` for a descriptor that was closed meanwhile.
+fn read_fd(proc: &Path, fd: &Path) -> Option<FdFacts> {
+    let link = fs::read_link(fd).ok()?.to_string_lossy().into_owned();
+    if link.starts_with("socket:") {
+        let protocol = xattr::get(fd, c"system.sockprotoname").ok()?;
+        let protocol = String::from_utf8_lossy(&protocol).trim_end_matches('\0').to_owned();
+        return Some(FdFacts::Socket(SocketFacts { protocol }));
+    }
+    if !link.starts_with('/') {
+        return Some(FdFacts::Kernel { link });
+    }
+    let metadata = fs::metadata(fd).ok()?;
+    let info = fs::read_to_string(proc.join("fdinfo").join(fd.file_name()?)).ok()?;
+    Some(FdFacts::File(judge::FileFacts {
+        link,
+        mode: metadata.mode(),
+        device_number: metadata.rdev(),
+        links: metadata.nlink(),
+        bytes_on_disk: metadata.blocks().saturating_mul(512),
+        mount_id: parse::mount_id(&info)?,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_judged_against_itself() {
+        // Not a sandbox, but it has a root file system and open files; what matters is that it is read at all.
+        let own = i32::try_from(std::process::id()).unwrap();
+        let mut check = Check::new(own).unwrap();
+        assert!(check.namespaces.contains_key("user"));
+        check.process(own).unwrap();
+        assert!(!check.mount_ids.is_empty());
+        assert!(!check.findings.iter().any(|finding| finding.reason.contains("namespace")), "{:?}", check.findings);
+    }
+
+    #[test]
+    fn memory_that_is_still_coming_in_is_a_finding() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let found = findings(own, Fill::GoingOn).unwrap();
+        assert_eq!((found[0].pid, found[0].command.as_str()), (1, "memory"));
+    }
+
+    #[test]
+    fn a_process_that_does_not_exist_is_an_error() {
+        assert!(findings(i32::MAX, Fill::Complete).is_err());
+    }
+}
