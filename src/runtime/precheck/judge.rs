@@ -150,10 +150,11 @@ fn is_memfd(file: &FileFacts) -> bool {
     file.link.starts_with("/memfd:")
 }
 
-/// What was opened through a mount that the sandbox does not see (any more) cannot be opened again.
+/// What lies on a file system that is mounted nowhere in the sandbox (message queues, detached mounts) cannot be opened
+/// again.
 fn foreign_mount(file: &FileFacts, mount_ids: &HashSet<u64>) -> Option<String> {
     let known = mount_ids.contains(&file.mount_id) || is_memfd(file);
-    (!known).then(|| format!("has {} open on a file system that is not mounted any more", printable(&file.link)))
+    (!known).then(|| format!("has {} open on a file system that is mounted nowhere in the sandbox", printable(&file.link)))
 }
 
 #[cfg(test)]
@@ -230,9 +231,9 @@ mod tests {
     }
 
     #[test]
-    fn files_on_mounts_that_are_gone_are_refused() {
+    fn files_on_file_systems_that_are_mounted_nowhere_are_refused() {
         let lost = FileFacts { mount_id: 77, ..plain("/mnt/x") };
-        assert!(judged(FdFacts::File(lost)).unwrap().contains("not mounted any more"));
+        assert!(judged(FdFacts::File(lost)).unwrap().contains("mounted nowhere"));
     }
 
     #[test]
