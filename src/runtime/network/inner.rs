@@ -88,8 +88,14 @@ fn write_sysctls() -> io::Result<()> {
     let net = Path::new("/proc/sys/net");
     std::fs::write(net.join("ipv4/ip_unprivileged_port_start"), "0")?;
     std::fs::write(net.join("ipv4/ping_group_range"), "0 2147483647")?;
-    match std::fs::write(net.join("ipv6/conf/default/disable_ipv6"), "1") {
-        // A kernel without IPv6 has nothing to turn off.
+    turn_off(&net.join("ipv6/conf/default/disable_ipv6"), "1")?;
+    // Go programs listen on multipath TCP by default, and CRIU cannot dump such sockets; without it they take plain TCP.
+    turn_off(&net.join("mptcp/enabled"), "0")
+}
+
+/// A kernel without the feature has nothing to turn off.
+fn turn_off(switch: &Path, value: &str) -> io::Result<()> {
+    match std::fs::write(switch, value) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
