@@ -16,7 +16,7 @@ use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 /// It starts in some milliseconds; this is for a machine in trouble.
@@ -73,12 +73,13 @@ impl LazyPages {
     }
 }
 
-/// Starts the wrapper and waits until CRIU listens in the work folder; [`super::restore`] comes next. Called before
-/// [`super::join_cgroups`]: what it reads must not be charged to the sandbox.
-pub(crate) fn spawn(lazy: &LazyPages) -> Result<(), LazyError> {
+/// Starts the wrapper (`executable` is this program) and waits until CRIU listens in the work folder;
+/// [`super::restore`] comes next. Called before [`super::join_cgroups`]: what it reads must not be charged to the
+/// sandbox.
+pub(crate) fn spawn(executable: &Path, lazy: &LazyPages) -> Result<(), LazyError> {
     fill::begin(&lazy.work).map_err(|source| LazyError::Record { work: lazy.work.clone(), source })?;
     let start_error = |source| LazyError::Start { log: lazy.log(), source };
-    let mut wrapper = Command::new("/proc/self/exe");
+    let mut wrapper = Command::new(executable);
     wrapper.args(["runtime", "lazy-pages"]).args(lazy.arguments());
     // Its own process group: an interrupt at the server's terminal is not for it.
     wrapper.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
