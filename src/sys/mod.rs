@@ -4,6 +4,20 @@
 #![allow(unsafe_code, reason = "this room exists to hold the unsafe code, one operation per block")]
 
 pub mod command;
+pub mod device_policy;
+pub mod disk;
+pub mod loop_device;
+pub mod mount;
 pub mod netns;
+pub mod process;
 pub mod sock_diag;
+pub mod userns;
 pub mod xattr;
+
+/// A system call's result as a number that may be a descriptor, or the thread's error.
+fn checked(outcome: libc::c_long) -> std::io::Result<i32> {
+    match outcome {
+        -1 => Err(std::io::Error::last_os_error()),
+        value => i32::try_from(value).map_err(std::io::Error::other),
+    }
+}

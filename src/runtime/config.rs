@@ -1,0 +1,74 @@
+//! Every knob of the runtime. config.rs at the top fills it from config/stillbox.toml.
+
+use crate::model::{ByteSize, InstanceId};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What root inside may mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxMounts {
+    /// FUSE, tmpfs, bind mounts: CAP_SYS_ADMIN of the sandbox's own user namespace stays.
+    User,
+    /// Nothing: the capability is taken away from every process.
+    None,
+}
+
+/// A range of host ids that user namespaces are carved from: each sandbox gets 65536 of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UidRanges {
+    /// First host uid and gid. A multiple of 65536.
+    pub first: u32,
+    /// How many ranges of 65536; the number of sandboxes that can have processes at once.
+    pub count: u32,
+}
+
+impl Default for UidRanges {
+    /// 0x7000_0000..0x8000_0000: above what systemd-nspawn takes (up to 0x6fff_ffff) and subuid files usually name,
+    /// below 2^31, where programs begin to see negative ids.
+    fn default() -> Self {
+        Self { first: 0x7000_0000, count: 4096 }
+    }
+}
+
+/// The runtime's own part of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeConfig {
+    /// `data_dir`: holds layers, sandboxes, agents, criu. An existing folder of root's.
+    pub data_dir: PathBuf,
+    /// This data folder's mark in the names of kernel objects.
+    pub instance: InstanceId,
+    /// The executable that is run as `<helper> runtime <verb>`. `/proc/self/exe`, the running binary itself even
+    /// after its file was replaced; another one in tests.
+    pub helper: PathBuf,
+    /// How long one helper operation may take before it is killed and its work undone.
+    pub helper_time_max: Duration,
+    /// Host ids for user namespaces.
+    pub uid_ranges: UidRanges,
+    /// No sandbox is started when less than this is free below `data_dir`: a full host disk tears every sandbox's
+    /// file system at once, so the last bytes are not for new ones.
+    pub disk_free_min: ByteSize,
+    /// What root inside may mount.
+    pub mounts: SandboxMounts,
+    /// inotify instances per sandbox; the host's own `fs.inotify.max_user_instances` is 128 per user by default.
+    pub inotify_instances_max: u32,
+    /// Pseudo-terminals per sandbox: one sandbox took 3071 of the host's 4096 where nothing said so.
+    pub ptys_max: u32,
+}
+
+impl RuntimeConfig {
+    /// The defaults for a data folder.
+    pub fn new(data_dir: PathBuf, instance: InstanceId) -> Self {
+        Self {
+            data_dir,
+            instance,
+            helper: PathBuf::from("/proc/self/exe"),
+            helper_time_max: Duration::from_secs(60),
+            uid_ranges: UidRanges::default(),
+            disk_free_min: ByteSize::gib(2),
+            mounts: SandboxMounts::User,
+            inotify_instances_max: 128,
+            ptys_max: 64,
+        }
+    }
+}

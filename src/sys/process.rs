@@ -1,0 +1,92 @@
+//! Processes that stay the ones we mean: pidfds, start times, exits.
+
+use super::checked;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// A descriptor that becomes readable when the process has ended.
+pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain integers; the call returns a new descriptor (close-on-exec by itself) or an error.
+    let fd = checked(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel has just returned this descriptor to us and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends SIGKILL. `ESRCH` when the process has ended already.
+pub fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    let no_info: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: a null siginfo is allowed; the rest are plain integers.
+    let outcome = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, no_info, 0) };
+    checked(outcome).map(drop)
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChildEnd {
+    /// It returned this status.
+    Exited(i32),
+    /// This signal ended it.
+    Signaled(i32),
+}
+
+/// Takes the status of a child that has ended. `None` while it runs; `ECHILD` when it is not this process's child.
+pub fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<ChildEnd>> {
+    let id = libc::id_t::try_from(pidfd.as_raw_fd()).map_err(io::Error::other)?;
+    // SAFETY: all zeroes is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is writable and outlives the call.
+    let outcome = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | libc::WNOHANG) };
+    nix::errno::Errno::result(outcome)?;
+    // SAFETY: waitid has filled in the fields of SIGCHLD, or left the zeroes.
+    let pid = unsafe { info.si_pid() };
+    if pid == 0 {
+        return Ok(None);
+    }
+    // SAFETY: waitid has filled in the fields of SIGCHLD.
+    let status = unsafe { info.si_status() };
+    Ok(Some(match info.si_code {
+        libc::CLD_EXITED => ChildEnd::Exited(status),
+        _ => ChildEnd::Signaled(status),
+    }))
+}
+
+/// Field 22 of /proc/PID/stat: when the process started, in clock ticks after boot.
+pub fn start_ticks(pid: i32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_start_ticks(&stat).ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))
+}
+
+/// The command name, field 2, may hold spaces and parentheses: fields are counted from the last `)`.
+fn parse_start_ticks(stat: &str) -> Option<u64> {
+    let (_, after_name) = stat.rsplit_once(')')?;
+    after_name.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn the_start_time_is_found_behind_a_hostile_command_name() {
+        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 12345 1";
+        assert_eq!(parse_start_ticks(stat), Some(987_654));
+        assert_eq!(parse_start_ticks("42 (a"), None);
+    }
+
+    #[test]
+    fn a_killed_child_is_reaped_once_with_its_signal() {
+        let mut command = std::process::Command::new("sleep");
+        let child = command.arg("60").spawn().unwrap();
+        let pidfd = open_pidfd(i32::try_from(child.id()).unwrap()).unwrap();
+        assert_eq!(reap(pidfd.as_fd()).unwrap(), None);
+        kill(pidfd.as_fd()).unwrap();
+        let end = loop {
+            if let Some(end) = reap(pidfd.as_fd()).unwrap() {
+                break end;
+            }
+        };
+        assert_eq!(end, ChildEnd::Signaled(libc::SIGKILL));
+        assert!(reap(pidfd.as_fd()).is_err());
+    }
+}
