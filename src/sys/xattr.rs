@@ -1,4 +1,4 @@
-//! Extended attributes of what a path leads to.
+//! Extended attributes of files.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -14,6 +14,14 @@ pub fn get(path: &Path, name: &CStr) -> io::Result<Vec<u8>> {
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
     value.truncate(length);
     Ok(value)
+}
+
+/// Sets an attribute of the file itself, not of what a symbolic link names.
+pub fn set(path: &Path, name: &CStr, value: &[u8]) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: path and name end with a zero byte, and the length is that of the value.
+    let outcome = unsafe { libc::lsetxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
+    nix::errno::Errno::result(outcome).map(drop).map_err(Into::into)
 }
 
 #[cfg(test)]

@@ -1,0 +1,209 @@
+//! A sandbox's own disk: a sparse ext4 image of full size, or a plain folder where the machine has no loop devices.
+//!
+//! Here are the files; mounting them is rootfs.rs. An image holds `upper` and `work` of the overlay with ids from 0.
+
+use super::DiskSource;
+use super::layout::{Layout, SandboxFolder};
+use crate::model::ByteSize;
+use crate::sys::disk::copy_sparse;
+use crate::sys::loop_device;
+use nix::sys::statvfs::statvfs;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Where formatting tools are on the distributions, whatever PATH the server was started with.
+const TOOL_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+
+/// What a disk is made of on this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskKind {
+    /// A file behind a loop device: its size is a limit, and it can be copied while the sandbox stands still.
+    Image,
+    /// A folder of the host's file system: no size limit, no dumps.
+    Folder,
+}
+
+/// Why a disk could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// Below the floor.
+    #[error("{free} are free below {}, {floor} is the floor", path.display())]
+    Full {
+        /// The data folder.
+        path: PathBuf,
+        /// Free bytes.
+        free: ByteSize,
+        /// `runtime.disk_free_min`.
+        floor: ByteSize,
+    },
+    /// mkfs failed.
+    #[error("mkfs.ext4 of {} failed: {detail}", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// What it said, or why it did not run.
+        detail: String,
+    },
+    /// Folders have no copies.
+    #[error("this machine has no loop devices (modprobe loop), so a disk is a folder and cannot be copied")]
+    NoCopies,
+    /// A file said no.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// `make`, `copy`, `remove`, `sync`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+    let path = path.to_owned();
+    move |source| DiskError::Io { action, path, source }
+}
+
+/// The disks of one data folder.
+#[derive(Debug, Clone)]
+pub struct Disks {
+    layout: Layout,
+    kind: DiskKind,
+    free_min: ByteSize,
+}
+
+impl Disks {
+    /// Looks at what the machine can do.
+    pub fn open(layout: Layout, free_min: ByteSize) -> Self {
+        let kind = match loop_device::available() {
+            true => DiskKind::Image,
+            false => DiskKind::Folder,
+        };
+        Self { layout, kind, free_min }
+    }
+
+    /// What disks are made of here.
+    pub fn kind(&self) -> DiskKind {
+        self.kind
+    }
+
+    /// An error when there is less room than new sandboxes may take.
+    pub fn check_free(&self) -> Result<(), DiskError> {
+        let path = self.layout.data_dir();
+        let space = statvfs(path).map_err(|errno| failed("look at", path)(errno.into()))?;
+        let free = ByteSize(space.blocks_available() * space.fragment_size());
+        match free < self.free_min {
+            true => Err(DiskError::Full { path: path.to_owned(), free, floor: self.free_min }),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes the disk files of a sandbox, replacing what an earlier try left; an `Own` disk is left alone.
+    pub fn prepare(&self, folder: &SandboxFolder, source: &DiskSource, size: ByteSize) -> Result<(), DiskError> {
+        match (self.kind, source) {
+            (_, DiskSource::Own) => Ok(()),
+            (DiskKind::Image, DiskSource::Fresh) => copy_image(&self.empty_image(size)?, &folder.disk_image()),
+            (DiskKind::Image, DiskSource::CopyOf(image)) => copy_image(image, &folder.disk_image()),
+            (DiskKind::Folder, DiskSource::Fresh) => make_disk_folder(&folder.disk_folder()),
+            (DiskKind::Folder, DiskSource::CopyOf(_)) => Err(DiskError::NoCopies),
+        }
+    }
+
+    /// A formatted image of this size, made at the first call and kept.
+    fn empty_image(&self, size: ByteSize) -> Result<PathBuf, DiskError> {
+        let folder = self.layout.empty_disks();
+        let image = folder.join(format!("{}.img", size.bytes()));
+        if !image.exists() {
+            make_private(&folder).map_err(failed("make", &folder))?;
+            // Two sandboxes may be the first of their size at once: each formats a file of its own.
+            let aside = folder.join(format!("{}.{}", size.bytes(), uuid::Uuid::new_v4()));
+            let formatted = format_image(&aside, size);
+            let placed = formatted.and_then(|()| fs::rename(&aside, &image).map_err(failed("make", &image)));
+            if placed.is_err() {
+                // The first failure is the one worth reporting.
+                let _ = fs::remove_file(&aside);
+            }
+            placed?;
+        }
+        Ok(image)
+    }
+}
+
+/// Makes `to` a copy of the image `from`: shared blocks or data extents. Replaces an existing `to` at the end.
+pub fn copy_image(from: &Path, to: &Path) -> Result<(), DiskError> {
+    let aside = to.with_extension("copy");
+    let source = File::open(from).map_err(failed("copy", from))?;
+    let target = create_private(&aside).map_err(failed("make", &aside))?;
+    let copied = copy_sparse(&source, &target).and_then(|_| fs::rename(&aside, to));
+    if copied.is_err() {
+        // The first failure is the one worth reporting.
+        let _ = fs::remove_file(&aside);
+    }
+    copied.map_err(failed("copy", from))
+}
+
+/// No journal: after a crash of the host a sandbox is cold-booted or thrown away, and a journal would double what is
+/// written. No reserved blocks: root inside is not our root. Inode tables are zeroed when first used.
+fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
+    let contents = tempfile_folder(path).map_err(failed("make", path))?;
+    let file = create_private(path).map_err(failed("make", path))?;
+    file.set_len(size.bytes()).map_err(failed("make", path))?;
+    let made = Command::new("mkfs.ext4")
+        .env_clear()
+        .env("PATH", TOOL_PATH)
+        .args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", "-d"])
+        .arg(&contents)
+        .arg(path)
+        .output();
+    // Two empty folders; left behind they do no harm.
+    let _ = fs::remove_dir_all(&contents);
+    match made {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(DiskError::Format { path: path.to_owned(), detail: String::from_utf8_lossy(&output.stderr).trim().to_owned() }),
+        Err(error) => Err(DiskError::Format { path: path.to_owned(), detail: format!("{error}; install e2fsprogs") }),
+    }
+}
+
+fn tempfile_folder(beside: &Path) -> io::Result<PathBuf> {
+    let contents = beside.with_extension("contents");
+    make_disk_folder_io(&contents)?;
+    Ok(contents)
+}
+
+fn make_disk_folder(path: &Path) -> Result<(), DiskError> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", path)(error)),
+        _ => {}
+    }
+    make_disk_folder_io(path).map_err(failed("make", path))
+}
+
+fn make_disk_folder_io(path: &Path) -> io::Result<()> {
+    for name in ["upper", "work"] {
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(path.join(name))?;
+    }
+    Ok(())
+}
+
+/// Makes a folder that only root may enter, with its parents.
+pub fn make_private(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// Writes a disk that nothing has mounted through to the host's disk.
+pub fn sync_image(folder: &SandboxFolder) -> Result<(), DiskError> {
+    let image = folder.disk_image();
+    match File::open(&image).and_then(|file| file.sync_all()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("sync", &image)(error)),
+        _ => Ok(()),
+    }
+}
