@@ -2,12 +2,77 @@
 
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::SystemTime;
 use std::{env, fs, io};
 
 fn main() -> io::Result<()> {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
-    fs::write(out.join("embedded_criu.rs"), embedded_criu(&root)?)
+    fs::write(out.join("embedded_criu.rs"), embedded_criu(&root)?)?;
+    fs::write(out.join("embedded_agent.rs"), embedded_agent(&root)?)
+}
+
+/// The static agent: STILLBOX_AGENT_BIN, else built here. An empty STILLBOX_AGENT_BIN leaves it out, for builds that
+/// start no sandbox.
+///
+/// A debug build takes the agent that is there, since a new one costs a minute of link-time optimisation, and says so
+/// when that is older than its sources; a release build always brings it up to date.
+fn embedded_agent(root: &Path) -> io::Result<String> {
+    println!("cargo::rerun-if-env-changed=STILLBOX_AGENT_BIN");
+    let file = match env::var_os("STILLBOX_AGENT_BIN") {
+        Some(file) if file.is_empty() => return Ok("None".to_owned()),
+        Some(file) => PathBuf::from(file),
+        None => own_agent(root)?,
+    };
+    println!("cargo::rerun-if-changed={}", file.display());
+    embed(&file)
+}
+
+fn own_agent(root: &Path) -> io::Result<PathBuf> {
+    let inputs = ["agent/src", "agent/proto", "agent/build.rs", "agent/Cargo.toml"].map(|input| root.join(input));
+    for input in &inputs {
+        println!("cargo::rerun-if-changed={}", input.display());
+    }
+    let triple = env::var("TARGET").map_err(io::Error::other)?;
+    let target_dir = root.join("target/agent");
+    let file = target_dir.join(&triple).join("agent/stillbox-agent");
+    let built_at = fs::metadata(&file).and_then(|metadata| metadata.modified()).ok();
+    match built_at {
+        Some(built_at) if env::var("PROFILE").is_ok_and(|profile| profile == "debug") => {
+            if inputs.iter().any(|input| newest(input).is_some_and(|changed| changed > built_at)) {
+                println!("cargo::warning=the embedded agent is older than its sources; rm {} to have it built anew", file.display());
+            }
+        }
+        _ => build_agent(root, &triple, &target_dir)?,
+    }
+    Ok(file)
+}
+
+/// When the youngest file below `path` was changed.
+fn newest(path: &Path) -> Option<SystemTime> {
+    let metadata = fs::metadata(path).ok()?;
+    let inside = fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| newest(&entry.path()));
+    inside.chain(metadata.modified().ok()).max()
+}
+
+/// One profile and one target folder of its own, whatever is being built around it: an agent of another hash would
+/// void every dump. With `--target`, the flags reach the agent and not the build scripts and macros of its crates.
+fn build_agent(root: &Path, triple: &str, target_dir: &Path) -> io::Result<()> {
+    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(root)
+        .args(["build", "--quiet", "--locked", "--package", "stillbox-agent", "--bin", "stillbox-agent"])
+        .args(["--profile", "agent", "--target", triple, "--target-dir"])
+        .arg(target_dir)
+        .env_remove("RUSTC_WRAPPER")
+        .env_remove("RUSTC_WORKSPACE_WRAPPER")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .status()?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(io::Error::other("the agent does not build; its errors are above")),
+    }
 }
 
 /// The static CRIU: STILLBOX_CRIU_BIN, else what `make criu` made. Without either the binary is built all the same

@@ -4,11 +4,19 @@
 //! tests away from the kernel. Forks, libcontainer and CRIU exist only in `helper/`, a process of its own.
 //! Never touches the store or HTTP.
 
+pub mod agent;
+pub mod cgroup;
+pub mod config;
 pub mod criu_binary;
+pub mod devices;
+pub mod disk;
 pub mod fill;
-mod helper;
+pub mod helper;
+pub mod layout;
 pub mod network;
 pub mod precheck;
+pub mod rootfs;
+pub mod uids;
 
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
 use std::path::PathBuf;

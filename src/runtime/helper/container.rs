@@ -1,0 +1,184 @@
+//! A cold start: pid 1 made by libcontainer, then everything that has to be done from outside before it runs.
+
+use super::super::config::SandboxMounts;
+use super::super::devices::DEVICE_NODES;
+use super::super::network::InnerNetwork;
+use super::super::rootfs::{RootError, RootPlan, STAGE, enter_stage, mount_root};
+use super::HelperStep;
+use super::bundle::{Places, describe};
+use crate::model::{ProcessRef, SandboxId};
+use crate::sys::mount::{attach, clone_mount};
+use crate::sys::netns::Netns;
+use crate::sys::process::start_ticks;
+use crate::sys::userns::{FilesystemIdentity, in_user_namespace};
+use libcontainer::container::Container;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Open files per process inside, where the host allows it.
+const OPEN_FILES_MAX: u64 = 1 << 20;
+/// When the host runs out of memory, sandboxes go before the host's own programs.
+const OOM_SCORE: &str = "300";
+
+/// Starts pid 1 on a new mount of its root.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ColdStart {
+    /// Whose.
+    pub(crate) id: SandboxId,
+    /// The root to mount first.
+    pub(crate) root: RootPlan,
+    /// The cgroup's folders, made and limited; this process moves into them.
+    pub(crate) cgroup_folders: Vec<PathBuf>,
+    /// The cgroup, from each hierarchy's root.
+    pub(crate) cgroup_path: PathBuf,
+    /// The way out; `None` leaves only `lo`.
+    pub(crate) network: Option<InnerNetwork>,
+    /// What the agent's first init must carry.
+    pub(crate) control_secret: String,
+    /// What root inside may mount.
+    pub(crate) mounts: SandboxMounts,
+    /// Terminals at once.
+    pub(crate) ptys_max: u32,
+    /// inotify instances at once.
+    pub(crate) inotify_instances_max: u32,
+}
+
+/// Mounts the root and starts the agent in it. What a failure leaves behind is found by the sandbox's id: processes by
+/// its cgroup, mounts by its folder.
+pub(crate) fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
+    let userns = mount_root(&request.root)?;
+    stage_root(&request.root.folder.root_mount()).map_err(HelperStep::wrap("preparing the container's root"))?;
+    join(&request.cgroup_folders).map_err(HelperStep::wrap("joining the cgroup"))?;
+    prepare_this_process();
+    let mut container = build(request, &userns)?;
+    let pid = container.pid().ok_or_else(|| HelperStep::new("starting the container", "libcontainer names no pid"))?.as_raw();
+    place_devices(&Path::new(STAGE).join("root"), request.root.uid_base).map_err(HelperStep::wrap("making its devices"))?;
+    limit_namespace(&userns, request.inotify_instances_max).map_err(HelperStep::wrap("limiting its user namespace"))?;
+    connect(pid, request.network.as_ref()).map_err(HelperStep::wrap("connecting its network"))?;
+    container.start().map_err(HelperStep::wrap("starting pid 1"))?;
+    let start_ticks = start_ticks(pid).map_err(HelperStep::wrap("looking at pid 1"))?;
+    Ok(ProcessRef { pid, start_ticks })
+}
+
+impl From<RootError> for HelperStep {
+    fn from(error: RootError) -> Self {
+        HelperStep::wrap("mounting its root file system")(error)
+    }
+}
+
+/// Puts the root where the container's first process, which is nobody on the host, can reach it: the data folder is
+/// root's alone.
+fn stage_root(root: &Path) -> io::Result<()> {
+    let root = clone_mount(root)?;
+    enter_stage()?;
+    for name in ["root", "state", "bundle"] {
+        fs::create_dir(Path::new(STAGE).join(name))?;
+    }
+    attach(root, &Path::new(STAGE).join("root"))
+}
+
+fn join(cgroup_folders: &[PathBuf]) -> io::Result<()> {
+    for folder in cgroup_folders {
+        // "0" is the writer.
+        fs::write(folder.join("cgroup.procs"), "0")?;
+    }
+    Ok(())
+}
+
+/// Limits and scores are inherited. All of it is best effort: without CAP_SYS_RESOURCE the host's limits stay.
+fn prepare_this_process() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let wanted = OPEN_FILES_MAX.max(hard);
+        if setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_err() {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        }
+    }
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, nix::sys::resource::RLIM_INFINITY);
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+}
+
+fn build(request: &ColdStart, userns: &OwnedFd) -> Result<Container, HelperStep> {
+    let stage = Path::new(STAGE);
+    let places = Places {
+        root: &stage.join("root"),
+        cgroup: &request.cgroup_path,
+        // libcontainer's children share this descriptor: they are forked, not executed.
+        userns: &PathBuf::from(format!("/proc/self/fd/{}", userns.as_raw_fd())),
+        mounts: request.mounts,
+        ptys_max: request.ptys_max,
+    };
+    let description = describe(&places).map_err(HelperStep::wrap("reading config/seccomp.json"))?;
+    fs::write(stage.join("bundle/config.json"), description.to_string()).map_err(HelperStep::wrap("writing the bundle"))?;
+    let secret = secret_pipe(&request.control_secret).map_err(HelperStep::wrap("handing over the control secret"))?;
+    let log = agent_log(&request.root.folder.agent_log()).map_err(HelperStep::wrap("opening the agent's log"))?;
+    let errors = log.try_clone().map_err(HelperStep::wrap("opening the agent's log"))?;
+    let making = HelperStep::wrap("making the container");
+    ContainerBuilder::new(request.id.to_string(), SyscallType::default())
+        .with_root_path(stage.join("state"))
+        .map(|builder| builder.with_stdin(secret).with_stdout(log).with_stderr(errors))
+        .and_then(|builder| builder.validate_id())
+        .and_then(|builder| builder.as_init(stage.join("bundle")).with_systemd(false).with_detach(true).build())
+        .map_err(making)
+}
+
+/// The reading end of a pipe that holds the secret and a newline, and then ends.
+fn secret_pipe(secret: &str) -> io::Result<OwnedFd> {
+    let (reader, mut writer) = io::pipe()?;
+    writer.write_all(format!("{secret}\n").as_bytes())?;
+    Ok(reader.into())
+}
+
+/// A file and not /dev/null: libcontainer would reopen that for reading, on standard output too.
+fn agent_log(path: &Path) -> io::Result<OwnedFd> {
+    Ok(OpenOptions::new().append(true).create(true).mode(0o600).open(path)?.into())
+}
+
+/// Puts real nodes in the place of the bind mounts that libcontainer makes of the host's devices. Removing a file here,
+/// in another mount namespace, also removes what is mounted on it inside; the nodes then travel with the disk, and a
+/// restore finds them there.
+fn place_devices(root: &Path, uid_base: u32) -> io::Result<()> {
+    let dev = root.join("dev");
+    let _identity = FilesystemIdentity::assume(uid_base)?;
+    for node in DEVICE_NODES {
+        let path = dev.join(node.name);
+        remove_file(&path)?;
+        let device = makedev(u64::from(node.major), u64::from(node.minor));
+        mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), device)?;
+        // mknod's mode is cut by the umask.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666))?;
+    }
+    // A link to the host's memory image, harmless but useless.
+    remove_file(&dev.join("kcore"))
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// What the kernel counts per user namespace. Not kept in dumps, so it is the same work after a restore.
+pub(super) fn limit_namespace(userns: &OwnedFd, inotify_instances_max: u32) -> io::Result<()> {
+    in_user_namespace(userns, || fs::write("/proc/sys/user/max_inotify_instances", inotify_instances_max.to_string()))
+}
+
+fn connect(pid: i32, network: Option<&InnerNetwork>) -> io::Result<()> {
+    let netns = Netns::of_process(pid)?;
+    match network {
+        Some(inner) => inner.attach(&netns),
+        None => netns.run(crate::sys::netns::bring_loopback_up),
+    }
+}
+
+/// The user namespace of a process.
+pub(super) fn userns_of(pid: i32) -> io::Result<OwnedFd> {
+    Ok(File::open(format!("/proc/{pid}/ns/user"))?.into())
+}

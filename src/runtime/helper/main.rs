@@ -1,0 +1,33 @@
+//! The helper process: reads a request from standard input, does it, writes the answer to standard output.
+
+use super::container::ColdStart;
+use super::{HelperStep, Operation};
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+
+/// `stillbox runtime <verb>`. The calling process must have one thread and nothing else to do: it is changed for good.
+///
+/// The exit code is 0 whenever an answer was written, be it a failed step; what the step was is in the answer.
+pub fn main(verb: &str) -> ExitCode {
+    let outcome = match verb {
+        ColdStart::VERB => serve::<ColdStart>(),
+        other => Err(io::Error::other(format!("there is no runtime verb '{other}'"))),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stillbox runtime {verb}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve<O: Operation>() -> io::Result<()> {
+    let mut text = String::new();
+    io::stdin().read_to_string(&mut text)?;
+    let operation: O = serde_json::from_str(&text)?;
+    let answer: Result<O::Answer, HelperStep> = operation.run();
+    let mut stdout = io::stdout().lock();
+    serde_json::to_writer(&mut stdout, &answer)?;
+    stdout.flush()
+}
