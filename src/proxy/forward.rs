@@ -1,0 +1,266 @@
+//! One request into a sandbox and its answer back, streamed both ways, and nothing of either looked at.
+//!
+//! Whichever side goes away first takes the other with it: a client that hangs up closes the connection into the
+//! sandbox (the code interpreter interrupts its kernel on that), and a sandbox that is cut aborts the answer, so that
+//! a body in flight never looks complete.
+
+use super::Door;
+use super::address::{ENVD_PORT, Target};
+use super::pool::{Connection, Key, Pool};
+use super::refusal::Refusal;
+use super::splice::splice;
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Request, Response, StatusCode, Uri, Version};
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use std::error::Error;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::net::TcpStream;
+
+/// A server that was just started may need a moment before it listens: E2B's waits between attempts.
+const DIAL_WAITS: [Duration; 4] = [Duration::from_millis(100), Duration::from_millis(200), Duration::from_millis(300), Duration::from_millis(400)];
+/// One attempt. Inside one machine only a full backlog is slow.
+const DIAL_MAX: Duration = Duration::from_secs(5);
+
+/// Headers of one hop (RFC 9110, 7.6.1), beside those that `Connection` names. `Transfer-Encoding` and `Upgrade` are
+/// treated apart; `TE` and `Trailer` pass, because trailers do.
+const HOP_BY_HOP: [HeaderName; 4] =
+    [header::CONNECTION, HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::UPGRADE];
+
+/// An answer's body: a sandbox's, or a text of the proxy's own.
+#[derive(Debug)]
+pub struct ProxyBody(Source);
+
+#[derive(Debug)]
+enum Source {
+    Own(Full<Bytes>),
+    Sandbox(Box<Exchange>),
+}
+
+/// What is left of an exchange while its answer's body flows.
+#[derive(Debug)]
+struct Exchange {
+    body: Incoming,
+    severed: Arc<AtomicBool>,
+    /// Until the body is over; then the connection goes back to the pool. Dropped earlier it closes.
+    connection: Option<(Connection, Arc<Pool>, Key)>,
+}
+
+impl Exchange {
+    fn settle(&mut self) {
+        if let Some((connection, pool, key)) = self.connection.take() {
+            connection.done(&pool, key);
+        }
+    }
+}
+
+/// The sandbox was paused or killed while it answered.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("the sandbox was cut off while it answered")]
+pub(super) struct Severed;
+
+impl ProxyBody {
+    /// A text of our own.
+    pub(super) fn text(text: String) -> Self {
+        Self(Source::Own(Full::new(Bytes::from(text))))
+    }
+
+    fn empty() -> Self {
+        Self(Source::Own(Full::new(Bytes::new())))
+    }
+}
+
+impl Body for ProxyBody {
+    type Data = Bytes;
+    type Error = Box<dyn Error + Send + Sync>;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let exchange = match &mut self.0 {
+            Source::Own(text) => return Pin::new(text).poll_frame(context).map_err(|never| match never {}),
+            Source::Sandbox(exchange) => exchange,
+        };
+        match ready!(Pin::new(&mut exchange.body).poll_frame(context)) {
+            Some(Ok(frame)) => {
+                if exchange.body.is_end_stream() {
+                    exchange.settle();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => Poll::Ready(Some(Err(error.into()))),
+            // hyper ends the body of a dropped connection as if it were complete.
+            None if exchange.severed.load(Ordering::Acquire) => Poll::Ready(Some(Err(Severed.into()))),
+            None => {
+                exchange.settle();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Source::Own(text) => text.is_end_stream(),
+            Source::Sandbox(exchange) => exchange.body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Source::Own(text) => text.size_hint(),
+            Source::Sandbox(exchange) => exchange.body.size_hint(),
+        }
+    }
+}
+
+/// Sends the request to `target` through `door` and answers with the head of the sandbox's answer, its body to follow.
+/// Dropping the future closes the connection into the sandbox.
+pub(super) async fn forward(pool: &Arc<Pool>, door: &Arc<dyn Door>, target: &Target, request: Request<Incoming>) -> Result<Response<ProxyBody>, Refusal> {
+    let key = (door.id(), target.port);
+    let upgrade = requested_upgrade(request.headers());
+    let mut request = rewritten(request, door.as_ref(), target.port);
+    let client = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+    if let Some(protocol) = upgrade {
+        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        request.headers_mut().insert(header::UPGRADE, protocol);
+    }
+    let (mut response, connection) = send(pool, door, key, request).await?;
+    match client {
+        Some(client) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+            let sandbox = hyper::upgrade::on(&mut response);
+            tokio::spawn(splice(client, sandbox, connection, Arc::clone(door)));
+            Ok(response.map(|_no_body| ProxyBody::empty()))
+        }
+        // A switch that nobody asked for would leave both sides speaking different protocols.
+        None if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Refusal::BadAnswer),
+        Some(_) | None => Ok(answered(response, connection, pool, key)),
+    }
+}
+
+async fn send(pool: &Arc<Pool>, door: &Arc<dyn Door>, key: Key, mut request: Request<Incoming>) -> Result<(Response<Incoming>, Connection), Refusal> {
+    if let Some(mut connection) = pool.take(key) {
+        let severed = connection.severed();
+        match connection.sender.try_send_request(request).await {
+            Ok(response) => return Ok((response, connection)),
+            // A kept connection may be closed by the other side just now. What was not sent yet goes through a new one.
+            Err(mut failed) => request = failed.take_message().ok_or_else(|| lost(&severed))?,
+        }
+    }
+    let mut connection = dial(door, key.1).await?;
+    let severed = connection.severed();
+    match connection.sender.send_request(request).await {
+        Ok(response) => Ok((response, connection)),
+        Err(error) => {
+            tracing::debug!(sandbox.id = %key.0, port = key.1, error = &error as &dyn Error, "A service gave no valid answer");
+            Err(lost(&severed))
+        }
+    }
+}
+
+fn lost(severed: &AtomicBool) -> Refusal {
+    match severed.load(Ordering::Acquire) {
+        true => Refusal::NotFound,
+        false => Refusal::BadAnswer,
+    }
+}
+
+async fn dial(door: &Arc<dyn Door>, port: u16) -> Result<Connection, Refusal> {
+    // Cancel-safe: a cut resolves again, and a half-made connection is closed by being dropped.
+    tokio::select! {
+        biased;
+        () = door.cut() => Err(Refusal::NotFound),
+        opened = dial_patiently(door, port) => opened.ok_or(Refusal::PortClosed),
+    }
+}
+
+async fn dial_patiently(door: &Arc<dyn Door>, port: u16) -> Option<Connection> {
+    let mut waits = DIAL_WAITS.into_iter();
+    loop {
+        match dial_once(door, port).await {
+            Ok(connection) => return Some(connection),
+            Err(error) => tracing::trace!(sandbox.id = %door.id(), port, error = &error as &dyn Error, "Could not connect"),
+        }
+        tokio::time::sleep(waits.next()?).await;
+    }
+}
+
+async fn dial_once(door: &Arc<dyn Door>, port: u16) -> io::Result<Connection> {
+    let stream: TcpStream = tokio::time::timeout(DIAL_MAX, door.dial(port)).await??;
+    Connection::open(stream, Arc::clone(door)).await
+}
+
+fn answered(mut response: Response<Incoming>, connection: Connection, pool: &Arc<Pool>, key: Key) -> Response<ProxyBody> {
+    remove_hop_by_hop(response.headers_mut());
+    // hyper frames the body anew, as the client's version of HTTP wants it.
+    response.headers_mut().remove(header::TRANSFER_ENCODING);
+    *response.version_mut() = Version::HTTP_11;
+    response.map(|body| {
+        let severed = connection.severed();
+        let mut exchange = Exchange { body, severed, connection: Some((connection, Arc::clone(pool), key)) };
+        if exchange.body.is_end_stream() {
+            exchange.settle();
+        }
+        ProxyBody(Source::Sandbox(Box::new(exchange)))
+    })
+}
+
+/// The request as the sandbox sees it: addressed to itself, without the headers of the hop to us.
+fn rewritten(mut request: Request<Incoming>, door: &dyn Door, port: u16) -> Request<Incoming> {
+    *request.uri_mut() = origin_form(request.uri());
+    *request.version_mut() = Version::HTTP_11;
+    let headers = request.headers_mut();
+    remove_hop_by_hop(headers);
+    // hyper has answered it towards the client as soon as the body is read.
+    headers.remove(header::EXPECT);
+    if port != ENVD_PORT {
+        mask_host(headers, door.spec().network.mask_request_host.as_deref(), port);
+    }
+    request
+}
+
+fn origin_form(uri: &Uri) -> Uri {
+    uri.path_and_query().map_or_else(|| Uri::from_static("/"), |target| Uri::from(target.clone()))
+}
+
+fn mask_host(headers: &mut HeaderMap, mask: Option<&str>, port: u16) {
+    let Some(mask) = mask else { return };
+    // A mask was checked when it was set; one that is no header value cannot be applied.
+    let Ok(masked) = HeaderValue::try_from(mask.replace("${PORT}", &port.to_string())) else { return };
+    if let Some(original) = headers.insert(header::HOST, masked) {
+        headers.insert(HeaderName::from_static("x-forwarded-host"), original);
+    }
+}
+
+/// The protocol that the client wants to switch to.
+fn requested_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let wants = headers.get_all(header::CONNECTION).iter().any(|value| has_token(value, "upgrade"));
+    wants.then(|| headers.get(header::UPGRADE).cloned()).flatten()
+}
+
+fn has_token(value: &HeaderValue, token: &str) -> bool {
+    value.to_str().is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case(token)))
+}
+
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        // `Connection: content-length` and the like would change where the message ends.
+        .filter(|name| !matches!(*name, header::CONTENT_LENGTH | header::TRANSFER_ENCODING | header::HOST))
+        .collect();
+    for name in named.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // RFC 9112, 6.3: a length beside it is somebody's attempt to be understood in two ways.
+        headers.remove(header::CONTENT_LENGTH);
+    }
+}
