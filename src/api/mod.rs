@@ -1,1 +1,76 @@
 //! The dialects of the control plane.
+//!
+//! [`router`] is all that the composition root needs: a service for what the proxy does not send into a sandbox. Each
+//! dialect has its own folder: `wire.rs` (its JSON, to the letter), `error.rs` (the core's errors in its words), and a
+//! file per resource. Handlers parse, ask the core and answer; they own no state and do no lifecycle work.
+
+mod auth;
+mod body;
+mod e2b;
+mod error;
+mod layers;
+
+use crate::model::ByteSize;
+use crate::sandbox::Registry;
+use crate::template::Templates;
+use auth::Keys;
+use axum::Router;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The control plane's knobs. Each has a key in config/stillbox.toml.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiConfig {
+    /// Whoever knows one of these may do everything.
+    pub keys: Vec<String>,
+    /// Told to clients in create, connect and info: they compose `<port>-<id>.<domain>` of it. With the port of the
+    /// HTTPS listener unless that is 443.
+    pub domain: String,
+    /// Longest time to live that may be asked for; the core's `timeout_max`.
+    pub timeout_max: Duration,
+    /// Largest request body of the control plane. Files go through the proxy, which has no such limit.
+    pub body_bytes_max: ByteSize,
+    /// How long a request body may take to arrive.
+    pub body_time_max: Duration,
+}
+
+impl std::fmt::Debug for ApiConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiConfig").field("domain", &self.domain).field("timeout_max", &self.timeout_max).finish_non_exhaustive()
+    }
+}
+
+impl ApiConfig {
+    /// The documented defaults for these keys and this domain.
+    pub fn new(keys: Vec<String>, domain: impl Into<String>) -> Self {
+        Self {
+            keys,
+            domain: domain.into(),
+            timeout_max: Duration::from_secs(24 * 3600),
+            body_bytes_max: ByteSize::mib(8),
+            body_time_max: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What handlers ask.
+#[derive(Debug, Clone)]
+pub struct ApiState {
+    registry: Registry,
+    templates: Templates,
+    config: Arc<ApiConfig>,
+    keys: Arc<Keys>,
+}
+
+impl ApiState {
+    /// The state of one server.
+    pub fn new(registry: Registry, templates: Templates, config: ApiConfig) -> Self {
+        let keys = Arc::new(Keys::of(&config.keys));
+        Self { registry, templates, config: Arc::new(config), keys }
+    }
+}
+
+/// All dialects on one router.
+pub fn router(state: ApiState) -> Router {
+    layers::around(e2b::routes(&state)).with_state(state)
+}

@@ -1,0 +1,124 @@
+//! The core's errors in E2B's statuses and words.
+
+use super::super::error::ApiError;
+use super::super::layers::chain_of;
+use super::ask::no_such_sandbox;
+use crate::sandbox::{
+    ConnectError, CreateError, ForkError, MetricsError, NetworkError, PauseError, StoreFailure, TimeoutError, UnknownSandbox,
+};
+use crate::template::ResolveError;
+use http::StatusCode;
+
+impl From<UnknownSandbox> for ApiError {
+    fn from(UnknownSandbox(id): UnknownSandbox) -> Self {
+        no_such_sandbox(id)
+    }
+}
+
+impl From<StoreFailure> for ApiError {
+    fn from(failure: StoreFailure) -> Self {
+        Self::internal(failure)
+    }
+}
+
+/// Newer SDKs repeat 429 and 503 by themselves unless told not to: a full server does not empty in a second.
+fn too_many(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(StatusCode::TOO_MANY_REQUESTS, error.to_string()).with_header("should-retry", "false")
+}
+
+impl From<CreateError> for ApiError {
+    fn from(error: CreateError) -> Self {
+        match error {
+            CreateError::TooMany { .. } => too_many(error),
+            CreateError::ShuttingDown => Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).with_header("retry-after", "2"),
+            CreateError::Killed(_) => Self::conflict(error.to_string()),
+            CreateError::IdempotencyConflict { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
+            CreateError::NotReady { .. } => Self::bad_request(error.to_string()),
+            CreateError::Start { .. } | CreateError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<TimeoutError> for ApiError {
+    fn from(error: TimeoutError) -> Self {
+        match error {
+            TimeoutError::Unknown(unknown) => unknown.into(),
+            // A paused sandbox has no timeout to set, and Novita's 1.x client resumes only after a 404 here.
+            TimeoutError::NotRunning { id, .. } => no_such_sandbox(id),
+            TimeoutError::TooLong { .. } => Self::bad_request(error.to_string()),
+            TimeoutError::Store(failure) => failure.into(),
+        }
+    }
+}
+
+impl From<PauseError> for ApiError {
+    fn from(error: PauseError) -> Self {
+        match error {
+            PauseError::Unknown(unknown) => unknown.into(),
+            PauseError::AlreadyPaused(_) | PauseError::InTransition { .. } | PauseError::NotDumpable { .. } => Self::conflict(error.to_string()),
+            PauseError::SnapshotSpace { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, error.to_string()),
+            PauseError::Dump { .. } | PauseError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<ConnectError> for ApiError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Unknown(unknown) => unknown.into(),
+            ConnectError::AlreadyRunning(_) => Self::conflict(error.to_string()),
+            ConnectError::TooLong { .. } => Self::bad_request(error.to_string()),
+            ConnectError::TooMany { .. } => too_many(error),
+            ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<ForkError> for ApiError {
+    fn from(error: ForkError) -> Self {
+        match error {
+            ForkError::Source(source) => source.into(),
+            ForkError::Copy(copy) => copy.into(),
+        }
+    }
+}
+
+impl From<NetworkError> for ApiError {
+    fn from(error: NetworkError) -> Self {
+        match error {
+            NetworkError::Unknown(unknown) => unknown.into(),
+            NetworkError::NotRunning { id, state } if state == crate::model::SandboxState::Paused => no_such_sandbox(id),
+            NetworkError::NotRunning { .. } => Self::conflict(error.to_string()),
+            NetworkError::Apply { .. } | NetworkError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<MetricsError> for ApiError {
+    fn from(error: MetricsError) -> Self {
+        match error {
+            MetricsError::Unknown(unknown) => unknown.into(),
+            MetricsError::Store(failure) => failure.into(),
+        }
+    }
+}
+
+impl From<ResolveError> for ApiError {
+    fn from(error: ResolveError) -> Self {
+        match error {
+            ResolveError::UnknownTemplate(_) | ResolveError::UnknownTag { .. } => Self::not_found(error.to_string()),
+            ResolveError::Malformed { .. } => Self::bad_request(error.to_string()),
+            ResolveError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+/// A copy that failed, as an entry among copies that did not: what is internal goes to the log here.
+pub(super) fn entry(error: CreateError) -> (u16, String) {
+    let error = ApiError::from(error);
+    if let Some(cause) = error.cause() {
+        tracing::error!(cause = chain_of(cause), "A fork failed");
+    }
+    let (code, message) = error.code_and_message();
+    (code, message.to_owned())
+}

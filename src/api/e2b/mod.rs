@@ -1,0 +1,67 @@
+//! E2B's control plane, as its official SDKs and CLI speak it (contract e2b.md 2).
+//!
+//! `wire` is its JSON, `error` the core's errors in its words; `ask` reads ids and queries; the others are a file per
+//! resource. Path parameters are percent-decoded after routing, as one segment.
+
+mod ask;
+mod cursor;
+mod error;
+mod lifecycle;
+mod list;
+mod network;
+mod new_sandbox;
+mod observe;
+mod sandboxes;
+mod snapshots;
+mod teams;
+mod templates;
+mod unserved;
+mod wire;
+
+use super::ApiState;
+use super::auth::require_key;
+use axum::Router;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post, put};
+
+/// Every call of the dialect, those that are not served included.
+pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
+    let with_key = sandboxes().merge(snapshots_and_templates()).merge(unserved::routes());
+    with_key.route_layer(from_fn_with_state(state.clone(), require_key)).route("/health", get(health))
+}
+
+fn sandboxes() -> Router<ApiState> {
+    Router::new()
+        .route("/sandboxes", post(sandboxes::create).get(list::running))
+        .route("/v2/sandboxes", post(sandboxes::create_v2).get(list::page))
+        .route("/sandboxes/metrics", get(observe::latest_metrics))
+        .route("/sandboxes/{id}", get(sandboxes::info).delete(sandboxes::kill))
+        .route("/sandboxes/{id}/timeout", post(lifecycle::set_timeout))
+        .route("/sandboxes/{id}/refreshes", post(lifecycle::refresh))
+        .route("/sandboxes/{id}/connect", post(lifecycle::connect))
+        .route("/v2/sandboxes/{id}/connect", post(lifecycle::connect))
+        .route("/sandboxes/{id}/resume", post(lifecycle::resume))
+        .route("/sandboxes/{id}/pause", post(lifecycle::pause))
+        .route("/sandboxes/{id}/fork", post(snapshots::fork))
+        .route("/sandboxes/{id}/snapshots", post(snapshots::create))
+        .route("/sandboxes/{id}/network", put(network::replace))
+        .route("/sandboxes/{id}/metrics", get(observe::metrics))
+        .route("/sandboxes/{id}/logs", get(observe::logs))
+        .route("/v2/sandboxes/{id}/logs", get(observe::logs_v2))
+}
+
+fn snapshots_and_templates() -> Router<ApiState> {
+    Router::new()
+        .route("/snapshots", get(snapshots::page))
+        .route("/templates", get(templates::all).post(unserved::build))
+        .route("/v2/templates", get(templates::page).post(unserved::build))
+        .route("/templates/aliases/{alias}", get(templates::alias))
+        .route("/templates/{id}", get(templates::details).post(unserved::build).delete(unserved::delete_template).patch(unserved::build))
+        .route("/templates/{id}/tags", get(templates::tags))
+        .route("/teams", get(teams::all))
+}
+
+/// Whether the server answers at all; needs no key.
+async fn health() -> &'static str {
+    "Health check successful"
+}

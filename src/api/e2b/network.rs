@@ -1,0 +1,165 @@
+//! Network policies: read from requests, replaced by `PUT /sandboxes/{id}/network`, shown in info.
+
+use super::super::ApiState;
+use super::super::body::OptionalJson;
+use super::super::error::ApiError;
+use super::ask::SandboxPath;
+use super::wire;
+use crate::model::{EgressTarget, NetworkPolicy, PublicTraffic, Secure};
+use axum::extract::State;
+use http::{HeaderValue, StatusCode};
+
+/// Targets of one list. E2B has no limit of its own; each becomes rules in the kernel.
+const TARGETS_MAX: usize = 1000;
+
+/// `PUT /sandboxes/{id}/network`: replaces all of the egress half; what is left out is cleared.
+pub(super) async fn replace(
+    State(state): State<ApiState>,
+    SandboxPath(id): SandboxPath,
+    OptionalJson(update): OptionalJson<wire::NetworkUpdate>,
+) -> Result<StatusCode, ApiError> {
+    let egress = Egress::try_from(update.egress)?;
+    let record = state.registry.get(id)?;
+    let policy = NetworkPolicy {
+        allow_internet_access: update.allow_internet_access,
+        public_traffic: record.spec.network.public_traffic,
+        mask_request_host: record.spec.network.mask_request_host,
+        ..egress.policy(update.allow_internet_access)?
+    };
+    state.registry.set_network(id, policy).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The policy of a create request.
+pub(super) fn policy(network: Option<wire::Network>, allow_internet_access: Option<bool>, secure: Secure) -> Result<NetworkPolicy, ApiError> {
+    let network = network.unwrap_or_default();
+    let public_traffic = match network.allow_public_traffic {
+        None | Some(true) => PublicTraffic::Allowed,
+        Some(false) if secure == Secure::Token => PublicTraffic::TokenOnly,
+        Some(false) => return Err(ApiError::bad_request("network.allowPublicTraffic is false, which needs secure to be true")),
+    };
+    let egress = Egress::try_from(network.egress)?.policy(allow_internet_access)?;
+    Ok(NetworkPolicy { public_traffic, mask_request_host: network.mask_request_host.map(host_mask).transpose()?, ..egress })
+}
+
+/// The policy as it was set. The wire has no place for secrets of the egress proxy, and none is given.
+pub(super) fn shown(policy: &NetworkPolicy) -> wire::ShownNetwork {
+    let texts = |targets: &[EgressTarget]| targets.iter().map(ToString::to_string).collect();
+    let rule = |rule: &crate::model::HeaderRule| {
+        vec![wire::NetworkRule { transform: Some(wire::NetworkTransform { headers: Some(rule.headers.clone()) }) }]
+    };
+    wire::ShownNetwork {
+        allow_public_traffic: policy.public_traffic == PublicTraffic::Allowed,
+        allow_out: texts(&policy.allow_out),
+        deny_out: texts(&policy.deny_out),
+        egress_proxy: policy.egress_proxy.as_ref().map(|proxy| wire::ShownEgressProxy { address: proxy.address.clone(), username: proxy.username.clone() }),
+        mask_request_host: policy.mask_request_host.clone(),
+        rules: policy.rules.iter().map(|(domain, headers)| (domain.clone(), rule(headers))).collect(),
+    }
+}
+
+/// The checked egress lists of a request.
+struct Egress {
+    allow_out: Vec<EgressTarget>,
+    deny_out: Vec<EgressTarget>,
+}
+
+impl TryFrom<wire::Egress> for Egress {
+    type Error = ApiError;
+
+    fn try_from(egress: wire::Egress) -> Result<Self, ApiError> {
+        refuse_unserved(&egress)?;
+        let deny_out = targets("network.denyOut", egress.deny_out)?;
+        if let Some(domain) = deny_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
+            return Err(ApiError::bad_request(format!("network.denyOut has the domain '{domain}'; only IP addresses and CIDR blocks can be denied")));
+        }
+        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out })
+    }
+}
+
+impl Egress {
+    fn policy(self, allow_internet_access: Option<bool>) -> Result<NetworkPolicy, ApiError> {
+        let policy =
+            NetworkPolicy { allow_internet_access, allow_out: self.allow_out, deny_out: self.deny_out, ..NetworkPolicy::default() };
+        match policy.allow_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
+            Some(domain) if !policy.denies_everything() => Err(ApiError::bad_request(format!(
+                "network.allowOut has the domain '{domain}'; then network.denyOut must contain '0.0.0.0/0', since only what is denied is allowed by name"
+            ))),
+            Some(_) | None => Ok(policy),
+        }
+    }
+}
+
+/// Accepting a rule and not applying it would be worse than refusing it.
+fn refuse_unserved(egress: &wire::Egress) -> Result<(), ApiError> {
+    let wants = [
+        ("network.egressProxy", egress.egress_proxy.is_some()),
+        ("network.rules", egress.rules.as_ref().is_some_and(|rules| !rules.is_empty())),
+        ("network.dnsServers", egress.dns_servers.is_some()),
+        ("network.httpsPorts", egress.https_ports.as_ref().is_some_and(|ports| !ports.is_empty())),
+    ];
+    match wants.into_iter().find(|(_, is_wanted)| *is_wanted) {
+        Some((field, _)) => Err(ApiError::not_served(field, "leave it out; allowOut, denyOut, allowPublicTraffic and maskRequestHost are")),
+        None => Ok(()),
+    }
+}
+
+fn targets(field: &str, texts: Option<Vec<String>>) -> Result<Vec<EgressTarget>, ApiError> {
+    let texts = texts.unwrap_or_default();
+    if texts.len() > TARGETS_MAX {
+        return Err(ApiError::bad_request(format!("{field} has {} entries; the limit is {TARGETS_MAX}", texts.len())));
+    }
+    let parse = |text: &String| text.trim().parse().map_err(|error| ApiError::bad_request(format!("{field}: {error}")));
+    texts.iter().map(parse).collect()
+}
+
+/// A host with an optional port, in either of which `${PORT}` may stand.
+fn host_mask(mask: String) -> Result<String, ApiError> {
+    let sample = mask.replace("${PORT}", "8000");
+    let is_host = sample.parse::<http::uri::Authority>().is_ok() && !sample.contains('@') && HeaderValue::try_from(sample.as_str()).is_ok();
+    let shown: String = mask.chars().take(128).collect();
+    is_host.then_some(mask).ok_or_else(|| {
+        ApiError::bad_request(format!("network.maskRequestHost is '{shown}'; it must be a host such as 'localhost:${{PORT}}'"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(json: serde_json::Value, secure: Secure) -> Result<NetworkPolicy, (u16, String)> {
+        policy(Some(serde_json::from_value(json).unwrap()), None, secure).map_err(|error| {
+            let (code, message) = error.code_and_message();
+            (code, message.to_owned())
+        })
+    }
+
+    #[test]
+    fn destinations_are_read_and_shown_as_they_were_set() {
+        let json = serde_json::json!({
+            "allowPublicTraffic": false, "maskRequestHost": "localhost:${PORT}",
+            "allowOut": ["1.1.1.1", "*.example.com"], "denyOut": ["0.0.0.0/0"]
+        });
+        let policy = parsed(json.clone(), Secure::Token).unwrap();
+        assert_eq!(serde_json::to_value(shown(&policy)).unwrap(), json);
+    }
+
+    #[test]
+    fn each_rule_of_the_contract_is_enforced_with_its_field_named() {
+        let refused = |json, secure| parsed(json, secure).unwrap_err();
+        let (code, message) = refused(serde_json::json!({"allowPublicTraffic": false}), Secure::Open);
+        assert_eq!((code, message.as_str()), (400, "network.allowPublicTraffic is false, which needs secure to be true"));
+        assert!(refused(serde_json::json!({"allowOut": ["example.com"]}), Secure::Token).1.contains("network.denyOut must contain '0.0.0.0/0'"));
+        assert!(refused(serde_json::json!({"denyOut": ["example.com"]}), Secure::Token).1.contains("only IP addresses"));
+        assert!(refused(serde_json::json!({"allowOut": ["10.0.0.0/33"]}), Secure::Token).1.starts_with("network.allowOut: '10.0.0.0/33' is neither"));
+        assert!(refused(serde_json::json!({"maskRequestHost": "a b"}), Secure::Token).1.starts_with("network.maskRequestHost is 'a b'"));
+        assert_eq!(refused(serde_json::json!({"egressProxy": {"address": "a:1"}}), Secure::Token).0, 501);
+        assert_eq!(refused(serde_json::json!({"rules": {"a.com": [{"transform": {"headers": {}}}]}}), Secure::Token).0, 501);
+    }
+
+    #[test]
+    fn no_internet_counts_as_denying_everything() {
+        let network = wire::Network { egress: wire::Egress { allow_out: Some(vec!["example.com".into()]), ..Default::default() }, ..Default::default() };
+        assert!(policy(Some(network), Some(false), Secure::Token).unwrap().denies_everything());
+    }
+}

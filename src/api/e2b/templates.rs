@@ -1,0 +1,169 @@
+//! The read side of templates.
+
+use super::super::ApiState;
+use super::super::error::ApiError;
+use super::ask::{Query, Segment};
+use super::cursor::{self, NEXT_TOKEN};
+use super::{teams, wire};
+use crate::model::{BuildRecord, TemplateId, TemplateRecord};
+use crate::sandbox::ListOrder;
+use axum::Json;
+use axum::extract::State;
+use http::HeaderMap;
+use std::cmp::Reverse;
+use time::OffsetDateTime;
+
+const PAGE_MAX: u32 = 100;
+/// The tag that a name without one means.
+const DEFAULT_TAG: &str = "default";
+
+/// `GET /templates`.
+pub(super) async fn all(State(state): State<ApiState>) -> Result<Json<Vec<wire::Template>>, ApiError> {
+    let templates = state.templates.list().await?;
+    Ok(Json(shown_all(&state, &templates).await?))
+}
+
+/// `GET /v2/templates`.
+pub(super) async fn page(State(state): State<ApiState>, query: Query) -> Result<(HeaderMap, Json<Vec<wire::Template>>), ApiError> {
+    let limit = usize::try_from(query.limit(PAGE_MAX)?).expect("at most 100");
+    let after = query.get("nextToken").map(|token| cursor::row::<TemplateId>(token, ListOrder::Descending)).transpose()?;
+    let (rows, next) = slice(state.templates.list().await?, after, limit);
+    let mut headers = HeaderMap::new();
+    if let Some((at, id)) = next {
+        headers.insert(NEXT_TOKEN, cursor::token(at, id, ListOrder::Descending));
+    }
+    Ok((headers, Json(shown_all(&state, &rows).await?)))
+}
+
+type Row = (OffsetDateTime, TemplateId);
+
+/// The rows after `after`, newest first, and where the next page begins.
+fn slice(mut templates: Vec<TemplateRecord>, after: Option<Row>, limit: usize) -> (Vec<TemplateRecord>, Option<Row>) {
+    templates.sort_by_key(|template| (Reverse(template.created_at), template.id));
+    templates.retain(|template| after.is_none_or(|(at, id)| (Reverse(template.created_at), template.id) > (Reverse(at), id)));
+    let more = templates.len() > limit;
+    templates.truncate(limit);
+    let next = templates.last().filter(|_| more).map(|last| (last.created_at, last.id));
+    (templates, next)
+}
+
+/// `GET /templates/{id}`, by id or name.
+pub(super) async fn details(State(state): State<ApiState>, Segment(name): Segment) -> Result<Json<wire::TemplateWithBuilds>, ApiError> {
+    let (template, builds) = find(&state, &name).await?;
+    let newest = newest_ready(&template, &builds).ok_or_else(|| ApiError::not_found(format!("template '{name}' has no build")))?;
+    let shown = shown(&template, newest);
+    Ok(Json(wire::TemplateWithBuilds { template: shown, builds: builds.iter().map(shown_build).collect() }))
+}
+
+/// `GET /templates/{id}/tags`.
+pub(super) async fn tags(State(state): State<ApiState>, Segment(name): Segment) -> Result<Json<Vec<wire::Tag>>, ApiError> {
+    let (template, builds) = find(&state, &name).await?;
+    let created_at = |build| builds.iter().find(|known| known.id == build).map_or(template.updated_at, |known| known.finished_at.unwrap_or(known.created_at));
+    let tag = |(tag, build): (&String, &crate::model::BuildId)| wire::Tag { tag: tag.clone(), build_id: build.to_string(), created_at: wire::Time(created_at(*build)) };
+    Ok(Json(template.tags.iter().map(tag).collect()))
+}
+
+/// `GET /templates/aliases/{alias}`.
+pub(super) async fn alias(State(state): State<ApiState>, Segment(name): Segment) -> Result<Json<wire::AliasOwner>, ApiError> {
+    let resolved = state.templates.resolve(&name).await?;
+    Ok(Json(wire::AliasOwner { template_id: resolved.template.id.to_string(), public: resolved.template.public }))
+}
+
+async fn find(state: &ApiState, name: &str) -> Result<(TemplateRecord, Vec<BuildRecord>), ApiError> {
+    let id = match name.parse() {
+        Ok(id) => id,
+        Err(_not_an_id) => state.templates.resolve(name).await?.template.id,
+    };
+    Ok(state.templates.get(id).await?)
+}
+
+async fn shown_all(state: &ApiState, templates: &[TemplateRecord]) -> Result<Vec<wire::Template>, ApiError> {
+    let mut rows = Vec::with_capacity(templates.len());
+    for template in templates {
+        let (template, builds) = state.templates.get(template.id).await?;
+        // Between registering a template and its first build there is a moment without one.
+        rows.extend(newest_ready(&template, &builds).map(|build| shown(&template, build)));
+    }
+    Ok(rows)
+}
+
+/// The build that the template stands for: what `default` names, else the newest.
+fn newest_ready<'b>(template: &TemplateRecord, builds: &'b [BuildRecord]) -> Option<&'b BuildRecord> {
+    let tagged = template.tags.get(DEFAULT_TAG).and_then(|id| builds.iter().find(|build| build.id == *id));
+    tagged.or_else(|| builds.first())
+}
+
+fn shown(template: &TemplateRecord, build: &BuildRecord) -> wire::Template {
+    wire::Template {
+        template_id: template.id.to_string(),
+        build_id: build.id.to_string(),
+        cpu_count: build.resources.cpu_count,
+        memory_mb: build.resources.memory.whole_mib(),
+        disk_size_mb: build.resources.disk.whole_mib(),
+        public: template.public,
+        aliases: template.aliases.clone(),
+        names: template.aliases.iter().map(|alias| format!("{}/{alias}", teams::SLUG)).collect(),
+        created_at: wire::Time(template.created_at),
+        updated_at: wire::Time(template.updated_at),
+        created_by: None,
+        last_spawned_at: template.last_spawned_at.map(wire::Time),
+        spawn_count: template.spawn_count,
+        build_count: template.build_count,
+        envd_version: wire::ENVD_VERSION,
+        build_status: build.state,
+    }
+}
+
+fn shown_build(build: &BuildRecord) -> wire::Build {
+    wire::Build {
+        build_id: build.id.to_string(),
+        status: build.state,
+        created_at: wire::Time(build.created_at),
+        updated_at: wire::Time(build.finished_at.unwrap_or(build.created_at)),
+        finished_at: build.finished_at.map(wire::Time),
+        cpu_count: build.resources.cpu_count,
+        memory_mb: build.resources.memory.whole_mib(),
+        disk_size_mb: build.resources.disk.whole_mib(),
+        envd_version: wire::ENVD_VERSION,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(second: i64) -> TemplateRecord {
+        let at = OffsetDateTime::from_unix_timestamp(second).unwrap();
+        TemplateRecord {
+            id: TemplateId::random(),
+            aliases: Vec::new(),
+            tags: std::collections::BTreeMap::new(),
+            public: false,
+            created_at: at,
+            updated_at: at,
+            last_spawned_at: None,
+            spawn_count: 0,
+            build_count: 0,
+        }
+    }
+
+    #[test]
+    fn pages_cover_every_template_once_even_when_several_are_equally_old() {
+        let all: Vec<TemplateRecord> = [1, 2, 2, 2, 3].map(template).into();
+        let (mut seen, mut after) = (Vec::new(), None);
+        loop {
+            let (rows, next) = slice(all.clone(), after, 2);
+            assert!(rows.len() <= 2);
+            seen.extend(rows.into_iter().map(|row| row.id));
+            match next {
+                Some(row) => after = Some(row),
+                None => break,
+            }
+        }
+        let mut expected: Vec<TemplateId> = all.iter().map(|row| row.id).collect();
+        assert_eq!(seen.first(), expected.last());
+        seen.sort();
+        expected.sort();
+        assert_eq!(seen, expected);
+    }
+}

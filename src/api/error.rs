@@ -1,0 +1,92 @@
+//! What every dialect's errors become: a status and `{"code", "message"}`, or a 500 that tells only its request id.
+
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use serde_json::json;
+use std::error::Error;
+use std::sync::Arc;
+
+/// An answer that is not the one asked for.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    message: String,
+    headers: HeaderMap,
+    /// For what nobody classified: logged with the request id, never told.
+    cause: Option<Arc<dyn Error + Send + Sync>>,
+}
+
+/// On the way out through the layers, which know the request's id.
+#[derive(Debug, Clone)]
+pub(super) struct InternalFailure(pub(super) Arc<dyn Error + Send + Sync>);
+
+impl ApiError {
+    /// An error that its reader can do something about.
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, message: message.into(), headers: HeaderMap::new(), cause: None }
+    }
+
+    /// 400: the request itself is wrong; the message names field, value and limit.
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// 401.
+    pub(super) fn unauthorized(error: super::auth::AuthError) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, error.to_string())
+    }
+
+    /// 404.
+    pub(super) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, message)
+    }
+
+    /// 409: not in the present state.
+    pub(super) fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, message)
+    }
+
+    /// 501: part of the dialect that this server does not serve.
+    pub(super) fn not_served(call: impl std::fmt::Display, what: &str) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, format!("{call} is not served: {what}"))
+    }
+
+    /// 500: our fault. The chain of `cause` goes to the log, the client gets the request id.
+    pub(super) fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
+        let status = StatusCode::INTERNAL_SERVER_ERROR;
+        Self { status, message: "internal error".to_owned(), headers: HeaderMap::new(), cause: Some(Arc::new(cause)) }
+    }
+
+    /// With a header; newer SDKs read `Retry-After` and `Should-Retry`.
+    pub(super) fn with_header(mut self, name: &'static str, value: &'static str) -> Self {
+        self.headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        self
+    }
+
+    /// For entries of a list that fail one by one.
+    pub(super) fn code_and_message(&self) -> (u16, &str) {
+        (self.status.as_u16(), &self.message)
+    }
+
+    /// The cause of an internal error, for those who do not answer with it.
+    pub(super) fn cause(&self) -> Option<&(dyn Error + Send + Sync)> {
+        self.cause.as_deref()
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = body(self.status, &self.message);
+        response.headers_mut().extend(self.headers);
+        if let Some(cause) = self.cause {
+            response.extensions_mut().insert(InternalFailure(cause));
+        }
+        response
+    }
+}
+
+/// The error body that all E2B clients need: JS decides by the `code` in it, Python by the status.
+pub(super) fn body(status: StatusCode, message: &str) -> Response {
+    let json = json!({ "code": status.as_u16(), "message": message }).to_string();
+    (status, [(header::CONTENT_TYPE, "application/json")], json).into_response()
+}
