@@ -15,7 +15,7 @@ use super::Finding;
 use super::fill::Fill;
 use crate::sys::xattr;
 use judge::{FdFacts, SocketFacts};
-use parse::{Mount, Status};
+use parse::Status;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::io;

@@ -4,8 +4,8 @@
 //! at the moments that CRIU stops for. One operation per helper process, called from its only thread:
 //!
 //! ```text
-//! dump:     enter_private_mounts ─> dump { pre-dump … tasks frozen … on_frozen … } ─> tasks gone, or going on
-//! restore:  enter_private_mounts ─> [lazy::spawn] ─> join_cgroups ─> restore { set_up_netns … before_resume … }
+//! dump:     place::prepare ─> dump { tasks frozen … images written … on_frozen … } ─> tasks gone, or going on
+//! restore:  place::prepare ─> restore { uid base, lazy fill, cgroups … set_up_netns … } ─> tasks going on
 //! ```
 //!
 //! What a failure leaves: a failed dump leaves the tasks running as they were; a failed restore leaves no task of
@@ -15,15 +15,14 @@
 mod failure;
 mod images;
 pub(crate) mod lazy;
-mod place;
+pub(crate) mod place;
 mod swrk;
 
-pub(crate) use images::ImageView;
-pub(crate) use place::{ProbeNotes, enter_private_mounts, join_cgroups};
 
 use crate::runtime::{AfterDump, GHOST_BYTES_MAX};
 use crate::sys::netns::{Netns, bring_loopback_up};
 use crate::sys::sock_diag;
+use images::ImageView;
 use nix::sched::CloneFlags;
 use rust_criu::rust_criu_protobuf::rpc;
 use std::fs::File;
@@ -60,6 +59,15 @@ pub(crate) enum CriuError {
         #[source]
         source: std::io::Error,
     },
+    /// CRIU cannot be given what it runs in.
+    #[error(transparent)]
+    Place(#[from] place::PlaceError),
+    /// The dump cannot be restored as it is.
+    #[error(transparent)]
+    Images(#[from] images::ImagesError),
+    /// The memory cannot come in lazily.
+    #[error(transparent)]
+    Lazy(#[from] lazy::LazyError),
     /// CRIU said no, or died.
     #[error("CRIU could not {verb} the sandbox: {reason}; its log is {}", log.display())]
     Refused {
@@ -162,25 +170,33 @@ pub(crate) fn dump(
 pub(crate) struct RestoreOptions<'a> {
     /// The CRIU to run: the one that wrote the images.
     pub(crate) criu: &'a Path,
-    /// The images, with this sandbox's uid base in them: [`ImageView::folder`].
+    /// The folder of the dump. Only read, so that many restores may use it at once.
     pub(crate) images: &'a Path,
-    /// An existing folder of this restore alone, for `restore.log` and the lazy-pages socket.
+    /// An existing folder of this sandbox alone, for logs, the lazy fill's state and a view of the images.
     pub(crate) work: &'a Path,
     /// The mounted root file system.
     pub(crate) root: &'a Path,
+    /// First host uid and gid of the sandbox's range, whatever it was at the dump.
+    pub(crate) uid_base: u32,
+    /// The sandbox's fresh cgroups: one folder on v2, one per controller on v1 (not its v2 tree, which has none).
+    pub(crate) cgroups: &'a [PathBuf],
     /// Whether memory is read before or after the tasks run.
-    pub(crate) memory: Memory,
+    pub(crate) memory: Memory<'a>,
     /// Bound on the whole operation.
     pub(crate) deadline: Duration,
 }
 
 /// When a restore reads the memory images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Memory {
+pub(crate) enum Memory<'a> {
     /// All of it before the tasks run.
     Now,
-    /// As it is touched, and the rest in the background: [`lazy::spawn`] with the same folders comes first.
-    Lazily,
+    /// As it is touched, and the rest in the background, by a process that outlives this one; see
+    /// [`crate::runtime::fill`].
+    Lazily {
+        /// This program, which is run as `<executable> runtime lazy-pages …` ([`lazy::serve`]).
+        executable: &'a Path,
+    },
 }
 
 /// What a restore made.
@@ -192,21 +208,29 @@ pub(crate) struct Restored {
     pub(crate) reset_connections: usize,
 }
 
-/// Restores the tree in this process's cgroups and cgroup namespace.
+/// Restores the tree into its cgroups and moves this process there; the cgroup namespace is rooted in them.
 ///
 /// `set_up_netns` gets the new network namespace, which has lo up and nothing else, and init's pid: link, the address
-/// of the dump, route and sysctls are made here (a missing address fails the restore of a connection). Afterwards,
-/// with everything restored and nothing running yet, connections to the outside are reset.
+/// of the dump, route and sysctls are made here (a missing address fails the restore of a connection, a missing
+/// ping_group_range that of a ping socket). Afterwards, with everything restored and nothing running yet, connections
+/// to the outside are reset.
 pub(crate) fn restore(
     options: &RestoreOptions<'_>,
     mut set_up_netns: impl FnMut(&Netns, i32) -> Result<(), HookError>,
 ) -> Result<Restored, CriuError> {
-    let images = open_folder(options.images)?;
+    let view = ImageView::make(options.images, options.work, options.uid_base)?;
+    let images = open_folder(view.folder())?;
     let work = open_folder(options.work)?;
     let mut request = shared_options(&images, &work, Verb::Restore);
     request.root = Some(options.root.to_string_lossy().into_owned());
     request.rst_sibling = Some(true);
-    request.lazy_pages = Some(options.memory == Memory::Lazily);
+    request.lazy_pages = Some(options.memory != Memory::Now);
+    let filler = match options.memory {
+        Memory::Now => lazy::forget(options.work).map(|()| None)?,
+        // Before this process moves: what is read from the images must not be charged to the sandbox.
+        Memory::Lazily { executable } => Some(lazy::spawn(executable, options.criu, options.work)?),
+    };
+    place::join_cgroups(options.cgroups)?;
 
     let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, options.deadline)?;
     let mut netns = None;
@@ -224,6 +248,10 @@ pub(crate) fn restore(
         }
         _ => Ok(()),
     })?;
+    if let Some(filler) = filler {
+        view.keep();
+        filler.go_on();
+    }
     match response.restore.as_ref().map(rpc::Criu_restore_resp::pid) {
         Some(init) if init > 0 => Ok(Restored { init, reset_connections }),
         _ => Err(CriuError::Protocol { verb: Verb::Restore.name(), detail: "no pid in a successful restore".to_owned() }),

@@ -13,22 +13,21 @@ use crate::runtime::fill;
 use crate::sys::command::die_with_parent;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::ffi::OsString;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 
 /// It starts in some milliseconds; this is for a machine in trouble.
 const START_TIMEOUT_MS: u16 = 10_000;
 
-/// What the wrapper is told on its command line.
+/// What the wrapper is told on its command line: the CRIU and the work folder of the restore. The view of the images
+/// in that folder is its to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LazyPages {
-    /// The CRIU of the restore.
-    pub(crate) criu: PathBuf,
-    /// The work folder of the restore; the view of the images in it ([`super::ImageView`]) must be kept.
-    pub(crate) work: PathBuf,
+    criu: PathBuf,
+    work: PathBuf,
 }
 
 /// Why memory cannot be filled lazily.
@@ -73,25 +72,51 @@ impl LazyPages {
     }
 }
 
-/// Starts the wrapper (`executable` is this program) and waits until CRIU listens in the work folder;
-/// [`super::restore`] comes next. Called before [`super::join_cgroups`]: what it reads must not be charged to the
-/// sandbox.
-pub(crate) fn spawn(executable: &Path, lazy: &LazyPages) -> Result<(), LazyError> {
-    fill::begin(&lazy.work).map_err(|source| LazyError::Record { work: lazy.work.clone(), source })?;
+/// Records that all memory comes with the restore itself.
+pub(super) fn forget(work: &Path) -> Result<(), LazyError> {
+    fill::forget(work).map_err(|source| LazyError::Record { work: work.to_owned(), source })
+}
+
+/// Starts the wrapper and waits until CRIU listens in the work folder.
+pub(super) fn spawn(executable: &Path, criu: &Path, work: &Path) -> Result<Filler, LazyError> {
+    fill::begin(work).map_err(|source| LazyError::Record { work: work.to_owned(), source })?;
+    let lazy = LazyPages { criu: criu.to_owned(), work: work.to_owned() };
     let start_error = |source| LazyError::Start { log: lazy.log(), source };
     let mut wrapper = Command::new(executable);
     wrapper.args(["runtime", "lazy-pages"]).args(lazy.arguments());
     // Its own process group: an interrupt at the server's terminal is not for it.
-    wrapper.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = wrapper.spawn().map_err(start_error)?;
-    let stdout = child.stdout.take().ok_or_else(|| start_error(io::ErrorKind::BrokenPipe.into()))?;
-    match wait_for_byte(stdout) {
-        Ok(()) => Ok(()),
-        Err(source) => {
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(start_error(source))
+    wrapper.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut filler = Filler { child: wrapper.spawn().map_err(start_error)?, work: work.to_owned() };
+    let stdout = filler.child.stdout.take().ok_or_else(|| start_error(io::ErrorKind::BrokenPipe.into()))?;
+    wait_for_byte(stdout).map_err(start_error)?;
+    Ok(filler)
+}
+
+/// A wrapper that waits for the restore to succeed. Dropped before, or dead with this process, it ends.
+#[derive(Debug)]
+pub(super) struct Filler {
+    child: Child,
+    work: PathBuf,
+}
+
+impl Filler {
+    /// The restore has succeeded: the wrapper goes on by itself.
+    pub(super) fn go_on(mut self) {
+        if let Some(mut stdin) = self.child.stdin.take() {
+            // A wrapper that died is for the server to see (`Fill::Lost`); the sandbox is torn either way.
+            let _ = stdin.write_all(&[1]);
         }
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        // Its end of file.
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+        // Nothing runs that could miss a page.
+        let _ = fill::forget(&self.work);
     }
 }
 
@@ -112,7 +137,12 @@ pub(crate) fn serve(lazy: &LazyPages) -> ExitCode {
     criu.args(["--no-default-config", "lazy-pages", "--status-fd", "1", "-v2", "-o"]).arg(lazy.log());
     criu.arg("-D").arg(images::folder_in(&lazy.work)).arg("-W").arg(&lazy.work);
     criu.env_clear().stdin(Stdio::null()).stderr(Stdio::null());
-    let filled = die_with_parent(&mut criu).status().is_ok_and(|status| status.success());
+    let Ok(mut criu) = die_with_parent(&mut criu).spawn() else { return ExitCode::FAILURE };
+    // The helper says so when the restore has succeeded; an end of file means that there is nothing to fill.
+    if io::stdin().read_exact(&mut [0]).is_err() {
+        let _ = criu.kill();
+    }
+    let filled = criu.wait().is_ok_and(|status| status.success());
     if !filled || fill::record_done(&lazy.work).is_err() {
         return ExitCode::FAILURE;
     }

@@ -1,5 +1,6 @@
 //! Where CRIU runs: a mount namespace of the helper's own, and for a restore the sandbox's cgroups.
 
+use crate::sys::netns::bring_loopback_up;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use std::io::{self, Write};
@@ -14,6 +15,9 @@ pub(crate) enum PlaceError {
     /// The private mount namespace.
     #[error("cannot make a private mount namespace with an own /run; CRIU needs CAP_SYS_ADMIN")]
     Mounts(#[source] io::Error),
+    /// The network namespace that CRIU runs in.
+    #[error("cannot set lo up, which CRIU's probe of the kernel needs")]
+    Loopback(#[source] io::Error),
     /// Moving into the sandbox's cgroup.
     #[error("cannot move into cgroup {}", path.display())]
     Cgroup {
@@ -30,11 +34,13 @@ pub(crate) enum PlaceError {
 
 /// Moves this process into a mount namespace of its own that still follows the host's mounts and unmounts (a slave:
 /// a private copy would pin disks that the server unmounts), with a tmpfs on /run. The notes that an earlier CRIU
-/// left in `notes_cache` are put there; the returned guard brings new ones back.
+/// left in `notes_cache` are put there; the returned guard brings new ones back. Sees to it that lo is up, without
+/// which CRIU's probe of the kernel fails.
 ///
 /// `notes_cache` names a file of this CRIU's own folder; nothing below /run is visible afterwards, so no path of
 /// the operation may lie there.
-pub(crate) fn enter_private_mounts(notes_cache: &Path) -> Result<ProbeNotes, PlaceError> {
+pub(crate) fn prepare(notes_cache: &Path) -> Result<ProbeNotes, PlaceError> {
+    bring_loopback_up().map_err(PlaceError::Loopback)?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| PlaceError::Mounts(errno.into()))?;
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
@@ -75,7 +81,7 @@ impl Drop for ProbeNotes {
 
 /// Moves this process into the sandbox's fresh cgroups and makes them the root of a new cgroup namespace: what CRIU
 /// restores from here lives there, is charged there and sees nothing above. One folder on v2, one per controller on v1.
-pub(crate) fn join_cgroups(cgroups: &[PathBuf]) -> Result<(), PlaceError> {
+pub(super) fn join_cgroups(cgroups: &[PathBuf]) -> Result<(), PlaceError> {
     for path in cgroups {
         join(path).map_err(|source| PlaceError::Cgroup { path: path.clone(), source })?;
     }
