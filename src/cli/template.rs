@@ -1,11 +1,15 @@
-//! `stillbox template …`
+//! `stillbox template …`: the list is the server's; build, export and import work on the data folder's files, with or
+//! without a server, and the next start of a server finds what they made.
 
 use super::Outcome;
 use super::client::Client;
 use super::output::{harmless, table};
 use crate::config::Config;
+use crate::model::ByteSize;
+use crate::template::{Manifest, Recipe, archive, bootstrap};
 use clap::Subcommand;
 use serde::Deserialize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(Debug, Subcommand)]
@@ -16,6 +20,24 @@ pub(super) enum TemplateCommand {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Make a built-in template ready in the data folder, from the cache or from Debian's packages
+    Build {
+        /// Its name
+        #[arg(default_value = "base")]
+        name: String,
+    },
+    /// Write a built-in template to one file, for machines without a network (made first if need be)
+    Export {
+        /// Its name
+        name: String,
+        /// The archive to write, a .tar.zst
+        file: PathBuf,
+    },
+    /// Bring an exported template into the data folder
+    Import {
+        /// The archive
+        file: PathBuf,
     },
 }
 
@@ -36,10 +58,29 @@ struct Template {
 }
 
 pub(super) fn run(config: &Config, command: TemplateCommand) -> Outcome {
-    let client = Client::new(config)?;
     match command {
-        TemplateCommand::Ls { json } => list(&client, json),
+        TemplateCommand::Ls { json } => list(&Client::new(config)?, json),
+        TemplateCommand::Build { name } => {
+            made(config, &name)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        TemplateCommand::Export { name, file } => {
+            archive::export(&made(config, &name)?, &config.data_dir, &file)?;
+            println!("{} ({})", file.display(), ByteSize(std::fs::metadata(&file)?.len()));
+            Ok(ExitCode::SUCCESS)
+        }
+        TemplateCommand::Import { file } => {
+            let manifest = archive::import(&file, &config.data_dir, config.template.limits)?;
+            bootstrap::save(&manifest, &config.data_dir)?;
+            println!("template {} is in {}", harmless(&manifest.name), config.data_dir.display());
+            Ok(ExitCode::SUCCESS)
+        }
     }
+}
+
+fn made(config: &Config, name: &str) -> Result<Manifest, Box<dyn std::error::Error>> {
+    let recipe = Recipe::built_in(name)?;
+    Ok(bootstrap::ensure(&recipe, &config.template, &|line: &str| eprintln!("template: {line}"))?)
 }
 
 fn list(client: &Client, json: bool) -> Outcome {

@@ -35,6 +35,12 @@ keys! {
     "sandbox.paused_kept" => |c, v| c.sandbox.paused_kept = v.duration()?;
     "snapshots.disk_bytes_max" => |c, v| c.sandbox.snapshots_bytes_max = v.size()?;
     "pause.fsync" => |c, v| c.sandbox.snapshot_sync = snapshot_sync(v)?;
+    "template.archive" => |c, v| c.template.archive = Some(absolute(v)?);
+    "template.debian_mirror" => |c, v| c.template.debian_mirror = Some(mirror(v)?);
+    "template.debian_security_mirror" => |c, v| c.template.debian_security_mirror = Some(mirror(v)?);
+    "template.cache_dir" => |c, v| c.template.cache_dir = Some(absolute(v)?);
+    "template.import_bytes_max" => |c, v| c.template.limits.bytes_max = v.size()?;
+    "template.import_entries_max" => |c, v| c.template.limits.entries_max = v.whole(1, u64::from(u32::MAX))?;
 }
 
 /// Sets `key`; the error says what is wrong with the key or the value.
@@ -113,6 +119,13 @@ fn snapshot_sync(value: &Value) -> Result<SnapshotSync, String> {
         "before-reply" => Ok(SnapshotSync::BeforeReply),
         other => Err(format!("'{other}' is neither background nor before-reply")),
     }
+}
+
+/// Becomes a word in sources.list.
+fn mirror(value: &Value) -> Result<String, String> {
+    let text = value.text()?;
+    let is_uri = ["http://", "https://", "file:/"].iter().any(|scheme| text.starts_with(scheme));
+    if is_uri && text.bytes().all(|b| b.is_ascii_graphic()) { Ok(text) } else { Err(format!("'{text}' is not the address of a mirror, such as http://mirror.example/debian")) }
 }
 
 fn at_least_mib(value: &Value, least: u64) -> Result<crate::model::ByteSize, String> {

@@ -11,6 +11,7 @@ pub use value::Listen;
 use crate::model::Resources;
 use crate::model::ByteSize;
 use crate::sandbox::{SandboxConfig, SnapshotSync};
+use crate::template::{TemplateConfig, UnpackLimits};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct Config {
     pub resources: Resources,
     /// The core's bounds.
     pub sandbox: SandboxConfig,
+    /// Where templates come from.
+    pub template: TemplateConfig,
 }
 
 /// How log lines look.
@@ -83,6 +86,14 @@ impl Default for Config {
                 paused_kept: Duration::from_secs(30 * 24 * 3600),
                 snapshot_sync: SnapshotSync::Background,
             },
+            template: TemplateConfig {
+                data_dir: PathBuf::from("/var/lib/stillbox"),
+                archive: None,
+                debian_mirror: None,
+                debian_security_mirror: None,
+                cache_dir: None,
+                limits: UnpackLimits::default(),
+            },
         }
     }
 }
@@ -111,6 +122,8 @@ pub struct Sources {
     pub environment: Vec<(String, String)>,
     /// `key=value` from flags.
     pub flags: Vec<(String, String)>,
+    /// The user's cache folder; templates are kept below it unless template.cache_dir says otherwise.
+    pub cache_home: Option<PathBuf>,
 }
 
 impl Sources {
@@ -123,14 +136,18 @@ impl Sources {
             .collect();
         let named = std::env::var_os("STILLBOX_CONFIG").map(PathBuf::from);
         let usual = Some(PathBuf::from("/etc/stillbox/stillbox.toml")).filter(|path| path.exists());
-        Self { file: file.or(named).or(usual), environment, flags }
+        let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let cache_home = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+        Self { file: file.or(named).or(usual), environment, flags, cache_home }
     }
 }
 
 const PREFIX: &str = "STILLBOX_";
-/// Variables of ours that are no configuration keys: the file's path, the client's address, build-time paths.
-const NOT_KEYS: [&str; 6] =
-    ["STILLBOX_CONFIG", "STILLBOX_URL", "STILLBOX_AGENT_BIN", "STILLBOX_CRIU_BIN", "STILLBOX_FAILPOINT", "STILLBOX_TEST_BASE"];
+/// Variables of ours that are no configuration keys: the file's path, the client's address, what builds and tests of this repo read.
+const NOT_KEYS: [&str; 11] = [
+    "STILLBOX_CONFIG", "STILLBOX_URL", "STILLBOX_AGENT_BIN", "STILLBOX_CRIU_BIN", "STILLBOX_FAILPOINT", "STILLBOX_TEST_BASE",
+    "STILLBOX_CRIU_TARBALL", "STILLBOX_CRIU_TARBALL_SHA256", "STILLBOX_CRIU_REFRESH", "STILLBOX_VM_INNER", "STILLBOX_VM_BOOT_SECONDS",
+];
 
 impl Config {
     /// Puts the sources together. Every problem of every source is reported, not the first.
@@ -161,6 +178,10 @@ impl Config {
             apply(format!("flag {key}"), key, &Value::Text(text.clone()));
         }
         config.sandbox.data_dir.clone_from(&config.data_dir);
+        config.template.data_dir.clone_from(&config.data_dir);
+        if config.template.cache_dir.is_none() {
+            config.template.cache_dir = sources.cache_home.as_ref().map(|home| home.join("stillbox"));
+        }
         problems.extend(config.contradictions());
         if problems.is_empty() { Ok(config) } else { Err(ConfigErrors(problems)) }
     }
@@ -232,6 +253,7 @@ mod tests {
             file: Some(file),
             environment: vec![("STILLBOX_DOMAIN".into(), "from.env".into()), ("STILLBOX_SANDBOX_RUNNING_MAX".into(), "6".into())],
             flags: vec![("domain".into(), "from.flag".into())],
+            cache_home: None,
         })
         .unwrap();
         assert_eq!(config.domain, "from.flag");
@@ -245,6 +267,7 @@ mod tests {
             file: None,
             environment: vec![("STILLBOX_COLOUR".into(), "red".into()), ("STILLBOX_LISTEN".into(), "nowhere".into())],
             flags: vec![("sandbox.timeout_max".into(), "soon".into())],
+            cache_home: None,
         })
         .unwrap_err();
         let text = errors.to_string();

@@ -1,0 +1,327 @@
+//! [`Templates`]: which template and build a name leads to, and the rows of the built-in ones.
+//!
+//! Called by the API for names and lists, and at start for the built-in templates. Rows are the store's; files are made
+//! by bootstrap.rs and archive.rs before a row names them.
+
+use super::bootstrap::{self, BootstrapError};
+use super::{Manifest, Recipe, TemplateConfig, archive};
+use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, TemplateId, TemplateRecord};
+use crate::store::{Db, Store, StoreError, templates};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use time::OffsetDateTime;
+
+/// The tag that is meant when none is named.
+const DEFAULT_TAG: &str = "default";
+/// E2B's bound on a template's name.
+const NAME_LENGTH_MAX: usize = 128;
+
+/// Why a template's name leads nowhere.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// No such id or alias.
+    #[error("template '{0}' not found")]
+    UnknownTemplate(String),
+    /// The template is there, the tag is not.
+    #[error("tag '{tag}' does not exist for template '{template}'")]
+    UnknownTag {
+        /// As asked.
+        template: String,
+        /// As asked.
+        tag: String,
+    },
+    /// Not of the form `name`, `name:tag`, `team/name[:tag]`.
+    #[error("template name '{name}' is malformed: {reason}")]
+    Malformed {
+        /// As asked, shortened.
+        name: String,
+        /// The rule it breaks.
+        reason: &'static str,
+    },
+    /// The store failed.
+    #[error("the store failed")]
+    Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl From<StoreError> for ResolveError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Box::new(error))
+    }
+}
+
+/// Why a built-in template is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum BuiltInError {
+    /// The recipe, which is part of this binary, is wrong.
+    #[error(transparent)]
+    Recipe(#[from] super::recipe::RecipeError),
+    /// It could not be made.
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    /// The archive could not be used.
+    #[error(transparent)]
+    Archive(#[from] archive::ArchiveError),
+    /// The archive is a good one of another template.
+    #[error("the template archive holds '{found}', not '{wanted}'")]
+    OtherTemplate {
+        /// What it holds.
+        found: String,
+        /// What is needed.
+        wanted: String,
+    },
+    /// The store failed.
+    #[error("the store failed")]
+    Store(#[from] StoreError),
+    /// The thread that made it panicked.
+    #[error("making the template was interrupted")]
+    Interrupted(#[source] tokio::task::JoinError),
+}
+
+/// A template with the build that a name led to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resolved {
+    /// The template.
+    pub template: TemplateRecord,
+    /// The build.
+    pub build: BuildRecord,
+}
+
+/// All templates of this data folder. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Templates {
+    config: Arc<TemplateConfig>,
+    store: Store,
+}
+
+impl Templates {
+    /// Reads nothing yet and makes nothing.
+    pub fn open(config: TemplateConfig, store: Store) -> Self {
+        Self { config: Arc::new(config), store }
+    }
+
+    /// The built-in template `name`, made if it is not there, with its rows. Takes about a minute on a fresh machine
+    /// with a network; `progress` is told what is going on. Dropping the future does not stop what it began.
+    pub async fn ensure_built_in(&self, name: &str, progress: fn(&str)) -> Result<Resolved, BuiltInError> {
+        let recipe = Recipe::built_in(name)?;
+        let config = Arc::clone(&self.config);
+        let made = tokio::task::spawn_blocking(move || make(&recipe, &config, progress));
+        let manifest = made.await.map_err(BuiltInError::Interrupted)??;
+        Ok(self.store.write(move |db| register(db, &manifest, now())).await?)
+    }
+
+    /// The template and build that `name[:tag]`, `team/name[:tag]` or an id names. There is one team here, so its name
+    /// is not looked at.
+    pub async fn resolve(&self, name: &str) -> Result<Resolved, ResolveError> {
+        let asked = Name::parse(name)?;
+        self.store.read(move |db| Ok(find(db, &asked))).await?
+    }
+
+    /// All templates, newest first.
+    pub async fn list(&self) -> Result<Vec<TemplateRecord>, ResolveError> {
+        Ok(self.store.read(templates::built).await?)
+    }
+
+    /// A template with its builds, newest first.
+    pub async fn get(&self, id: TemplateId) -> Result<(TemplateRecord, Vec<BuildRecord>), ResolveError> {
+        let found = self.store.read(move |db| Ok((templates::by_id(db, id)?, templates::builds_of(db, id)?))).await?;
+        match found {
+            (Some(template), builds) => Ok((template, builds)),
+            (None, _) => Err(ResolveError::UnknownTemplate(id.to_string())),
+        }
+    }
+
+    /// One build.
+    pub async fn build(&self, id: BuildId) -> Result<BuildRecord, ResolveError> {
+        let found = self.store.read(move |db| templates::build(db, id)).await?;
+        found.ok_or_else(|| ResolveError::UnknownTemplate(id.to_string()))
+    }
+}
+
+/// From the archive where one is given, else from wherever [`bootstrap::ensure`] finds it.
+fn make(recipe: &Recipe, config: &TemplateConfig, progress: fn(&str)) -> Result<Manifest, BuiltInError> {
+    let Some(file) = &config.archive else { return Ok(bootstrap::ensure(recipe, config, &progress)?) };
+    let manifest = archive::import(file, &config.data_dir, config.limits)?;
+    if manifest.name != recipe.name {
+        return Err(BuiltInError::OtherTemplate { found: manifest.name, wanted: recipe.name.clone() });
+    }
+    bootstrap::save(&manifest, &config.data_dir)?;
+    Ok(manifest)
+}
+
+/// In whole microseconds, as the store keeps it: a row reads back as it was written.
+fn now() -> OffsetDateTime {
+    let now = OffsetDateTime::now_utc();
+    now.replace_microsecond(now.microsecond()).unwrap_or(now)
+}
+
+/// Rows for what is on disk: a build per origin, the template's name, its default tag. Doing it again changes nothing.
+fn register(db: &Db<'_>, manifest: &Manifest, now: OffsetDateTime) -> Result<Resolved, StoreError> {
+    let existing = templates::id_of_alias(db, &manifest.name)?.map(|id| templates::by_id(db, id)).transpose()?.flatten();
+    let template = match existing {
+        Some(template) => template,
+        None => new_template(db, manifest, now)?,
+    };
+    let builds = templates::builds_of(db, template.id)?;
+    let build = match builds.into_iter().find(|build| is_of(build, manifest)) {
+        Some(build) => build,
+        None => new_build(db, template.id, manifest, now)?,
+    };
+    if template.tags.get(DEFAULT_TAG) != Some(&build.id) {
+        templates::set_tag(db, template.id, DEFAULT_TAG, build.id, now)?;
+    }
+    let template = templates::by_id(db, template.id)?.unwrap_or(template);
+    Ok(Resolved { template, build })
+}
+
+fn is_of(build: &BuildRecord, manifest: &Manifest) -> bool {
+    build.state == BuildState::Ready && build.origin == manifest.origin && build.layers == manifest.layers
+}
+
+fn new_template(db: &Db<'_>, manifest: &Manifest, now: OffsetDateTime) -> Result<TemplateRecord, StoreError> {
+    let template = TemplateRecord {
+        id: TemplateId::random(),
+        aliases: vec![manifest.name.clone()],
+        tags: BTreeMap::new(),
+        public: true,
+        created_at: now,
+        updated_at: now,
+        last_spawned_at: None,
+        spawn_count: 0,
+        build_count: 0,
+    };
+    templates::insert(db, &template)?;
+    Ok(template)
+}
+
+fn new_build(db: &Db<'_>, template: TemplateId, manifest: &Manifest, now: OffsetDateTime) -> Result<BuildRecord, StoreError> {
+    let build = BuildRecord {
+        id: BuildId::random(),
+        template,
+        state: BuildState::Ready,
+        layers: manifest.layers.clone(),
+        env: manifest.env.clone(),
+        user: manifest.user.clone(),
+        workdir: manifest.workdir.clone(),
+        start_command: manifest.start_command.clone(),
+        ready_command: manifest.ready_command.clone(),
+        resources: manifest.resources,
+        source: BuildSource::Recipe,
+        origin: manifest.origin.clone(),
+        dump: None,
+        created_at: now,
+        finished_at: Some(now),
+    };
+    templates::insert_build(db, &build)?;
+    Ok(build)
+}
+
+/// A name as asked for, in its parts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Name {
+    /// As asked, for messages.
+    asked: String,
+    /// Alias or id, in lower case.
+    template: String,
+    tag: String,
+}
+
+impl Name {
+    fn parse(asked: &str) -> Result<Self, ResolveError> {
+        let malformed = |reason| ResolveError::Malformed { name: asked.chars().take(NAME_LENGTH_MAX).collect(), reason };
+        let (path, tag) = asked.split_once(':').unwrap_or((asked, DEFAULT_TAG));
+        let name = path.rsplit_once('/').map_or(path, |(_team, name)| name);
+        if path.matches('/').count() > 1 {
+            return Err(malformed("it has more than one '/'"));
+        }
+        if name.is_empty() || name.len() > NAME_LENGTH_MAX {
+            return Err(malformed("a name has 1 to 128 characters"));
+        }
+        if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
+            return Err(malformed("a name has letters, digits, '-' and '_'"));
+        }
+        if tag.is_empty() || tag.len() > NAME_LENGTH_MAX || !tag.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+            return Err(malformed("a tag has 1 to 128 letters, digits, '-', '_' and '.'"));
+        }
+        Ok(Self { asked: asked.to_owned(), template: name.to_ascii_lowercase(), tag: tag.to_ascii_lowercase() })
+    }
+}
+
+fn find(db: &Db<'_>, name: &Name) -> Result<Resolved, ResolveError> {
+    let by_alias = templates::id_of_alias(db, &name.template)?;
+    let id = by_alias.or_else(|| name.template.parse().ok());
+    let template = id.map(|id| templates::by_id(db, id)).transpose()?.flatten();
+    let template = template.ok_or_else(|| ResolveError::UnknownTemplate(name.asked.clone()))?;
+    let unknown_tag = || ResolveError::UnknownTag { template: name.template.clone(), tag: name.tag.clone() };
+    // A tag may also be a build's id: E2B's clients name a build that way.
+    let tagged = template.tags.get(&name.tag).copied().or_else(|| name.tag.parse().ok());
+    let build = templates::build(db, tagged.ok_or_else(unknown_tag)?)?;
+    let build = build.filter(|build| build.template == template.id).ok_or_else(unknown_tag)?;
+    Ok(Resolved { template, build })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest(layer: &str) -> Manifest {
+        Manifest::of_recipe(&Recipe::built_in("base").unwrap(), layer.to_owned())
+    }
+
+    async fn opened() -> (tempfile::TempDir, Templates) {
+        let data_dir = tempfile::tempdir().unwrap();
+        let store = Store::open(data_dir.path()).unwrap();
+        let config = TemplateConfig {
+            data_dir: data_dir.path().to_owned(),
+            archive: None,
+            debian_mirror: None,
+            debian_security_mirror: None,
+            cache_dir: None,
+            limits: super::super::UnpackLimits::default(),
+        };
+        (data_dir, Templates::open(config, store))
+    }
+
+    impl Templates {
+        async fn register(&self, manifest: Manifest) -> Resolved {
+            self.store.write(move |db| register(db, &manifest, now())).await.unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_template_is_found_by_name_team_tag_and_id() {
+        let (_data_dir, templates) = opened().await;
+        let base = templates.register(manifest("first")).await;
+        let build_tag = format!("base:{}", base.build.id);
+        for name in ["base", "BASE", "base:default", "anyone/base", "anyone/base:default", base.template.id.as_str(), &build_tag] {
+            assert_eq!(templates.resolve(name).await.unwrap(), base, "{name}");
+        }
+        assert_eq!(templates.list().await.unwrap(), [base.template.clone()]);
+        assert_eq!(templates.get(base.template.id).await.unwrap(), (base.template.clone(), vec![base.build.clone()]));
+        assert_eq!(templates.build(base.build.id).await.unwrap(), base.build);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_nowhere_is_told_by_what_is_missing() {
+        let (_data_dir, templates) = opened().await;
+        templates.register(manifest("first")).await;
+        let message = async |name: &str| templates.resolve(name).await.unwrap_err().to_string();
+        assert_eq!(message("bsae").await, "template 'bsae' not found");
+        assert_eq!(message("base:v2").await, "tag 'v2' does not exist for template 'base'");
+        assert_eq!(message("base:").await, "template name 'base:' is malformed: a tag has 1 to 128 letters, digits, '-', '_' and '.'");
+        assert_eq!(message("../etc/x").await, "template name '../etc/x' is malformed: it has more than one '/'");
+        assert_eq!(message(":x").await, "template name ':x' is malformed: a name has 1 to 128 characters");
+    }
+
+    #[tokio::test]
+    async fn registering_again_changes_nothing_and_new_content_is_a_new_build() {
+        let (_data_dir, templates) = opened().await;
+        let first = templates.register(manifest("first")).await;
+        assert_eq!(templates.register(manifest("first")).await, first);
+        let second = templates.register(manifest("second")).await;
+        assert_eq!(second.template.id, first.template.id);
+        assert_ne!(second.build.id, first.build.id);
+        assert_eq!(templates.resolve("base").await.unwrap().build, second.build);
+        let old = format!("base:{}", first.build.id);
+        assert_eq!(templates.resolve(&old).await.unwrap().build, first.build, "an old build stays for what runs on it");
+    }
+}
