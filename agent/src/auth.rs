@@ -106,8 +106,6 @@ fn basic_username(headers: &HeaderMap) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn headers(name: &'static str, value: &str) -> HeaderMap {
@@ -115,15 +113,7 @@ mod tests {
     }
 
     fn identity(access: Access) -> Identity {
-        Identity {
-            access,
-            envs: BTreeMap::new(),
-            default_user: "user".into(),
-            default_workdir: String::new(),
-            generation: 1,
-            cpu_count: None,
-            memory_bytes: None,
-        }
+        Identity { access, ..Identity::generic(String::new()) }
     }
 
     #[test]

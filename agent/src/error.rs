@@ -22,6 +22,10 @@ impl HttpError {
         HttpError::new(StatusCode::BAD_REQUEST, message)
     }
 
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        HttpError::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+
     pub(crate) fn unauthorized(message: impl Into<String>) -> Self {
         HttpError::new(StatusCode::UNAUTHORIZED, message)
     }

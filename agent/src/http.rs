@@ -1,16 +1,18 @@
 //! The agent's HTTP surface: which path leads where, and the small routes that need no module of their own.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode};
 use axum::middleware;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use tower_http::cors::{Any, CorsLayer};
 
 use crate::state::Agent;
-use crate::{auth, files, rpc};
+use crate::wire::{INIT_PATH, LOGS_PATH};
+use crate::{auth, files, init, logs, metrics, rpc};
 
 /// Response headers of the Connect protocol that a browser's script has to see.
 const EXPOSED_HEADERS: [HeaderName; 6] = [
@@ -29,6 +31,9 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
     Router::new()
         .route("/health", get(health))
         .route("/envs", get(envs))
+        .route("/metrics", get(metrics::get))
+        .route(INIT_PATH, post(init::post))
+        .route(LOGS_PATH, get(logs::get))
         .merge(files::routes())
         .fallback_service(rpc)
         .layer(middleware::from_fn_with_state(Arc::clone(&agent), auth::require_token))
@@ -40,6 +45,6 @@ async fn health() -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
-async fn envs(State(agent): State<Arc<Agent>>) -> Json<std::collections::BTreeMap<String, String>> {
+async fn envs(State(agent): State<Arc<Agent>>) -> Json<BTreeMap<String, String>> {
     Json(agent.identity().envs.clone())
 }

@@ -35,12 +35,24 @@ mod filesystem;
 #[cfg(feature = "agent")]
 mod http;
 #[cfg(feature = "agent")]
+mod init;
+#[cfg(feature = "agent")]
+mod logs;
+#[cfg(feature = "agent")]
+mod metrics;
+#[cfg(feature = "agent")]
 mod paths;
+#[cfg(feature = "agent")]
+pub mod pid1;
+#[cfg(feature = "agent")]
+mod process;
 #[cfg(feature = "agent")]
 mod rpc;
 #[cfg(feature = "agent")]
 pub mod serve;
 #[cfg(feature = "agent")]
 mod state;
+#[cfg(feature = "agent")]
+mod sys;
 #[cfg(feature = "agent")]
 mod users;

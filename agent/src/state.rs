@@ -4,6 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::filesystem::watchers::Watchers;
+use crate::logs::Log;
+use crate::metrics::CpuMeter;
+use crate::process::Table;
+use crate::process::reaper::Reaper;
+
+/// Variables that say where a program runs. /init sets them, and no request overrides them.
+pub(crate) const INTERNAL_ENVS: [&str; 4] = ["E2B_SANDBOX", "E2B_SANDBOX_ID", "E2B_TEMPLATE_ID", "E2B_EVENTS_ADDRESS"];
 
 /// The agent's state, one per process, shared by all handlers.
 #[derive(Debug)]
@@ -11,14 +18,22 @@ pub(crate) struct Agent {
     identity: RwLock<Arc<Identity>>,
     control_secret: Mutex<String>,
     pub(crate) watchers: Watchers,
+    pub(crate) processes: Table,
+    pub(crate) reaper: Arc<Reaper>,
+    pub(crate) log: Log,
+    pub(crate) cpu_meter: CpuMeter,
 }
 
 /// Which sandbox this is. Taken whole by a request when it begins, so that an /init in between changes nothing for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) access: Access,
+    /// Empty before the first /init.
+    pub(crate) sandbox_id: String,
     /// Variables of every process: the template's, then the sandbox's, then our own E2B_* on top.
     pub(crate) envs: BTreeMap<String, String>,
+    /// The PATH that the agent was started with.
+    pub(crate) path: String,
     pub(crate) default_user: String,
     /// Empty means the user's home.
     pub(crate) default_workdir: String,
@@ -38,25 +53,46 @@ pub(crate) enum Access {
 
 impl Agent {
     /// A generic agent: it answers /health and waits for /init.
-    pub(crate) fn new(control_secret: String) -> Arc<Agent> {
-        let identity = Identity {
-            access: Access::Closed,
-            envs: BTreeMap::new(),
-            default_user: "user".to_owned(),
-            default_workdir: String::new(),
-            generation: 0,
-            cpu_count: None,
-            memory_bytes: None,
-        };
-        Arc::new(Agent { identity: RwLock::new(Arc::new(identity)), control_secret: Mutex::new(control_secret), watchers: Watchers::default() })
+    pub(crate) fn new(control_secret: String, path: String) -> Arc<Agent> {
+        Arc::new(Agent {
+            identity: RwLock::new(Arc::new(Identity::generic(path))),
+            control_secret: Mutex::new(control_secret),
+            processes: Table::default(),
+            reaper: Arc::default(),
+            log: Log::default(),
+            cpu_meter: CpuMeter::new(),
+            watchers: Watchers::default(),
+        })
     }
 
     pub(crate) fn identity(&self) -> Arc<Identity> {
         Arc::clone(&self.identity.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Requests that have begun keep the former one.
+    pub(crate) fn replace_identity(&self, identity: Identity) {
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
+    }
+
     /// Holds the control secret; whoever holds the guard is the only one to rotate it.
     pub(crate) fn control_secret(&self) -> MutexGuard<'_, String> {
         self.control_secret.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Identity {
+    /// Nobody's, and closed to all.
+    pub(crate) fn generic(path: String) -> Identity {
+        Identity {
+            access: Access::Closed,
+            sandbox_id: String::new(),
+            envs: BTreeMap::new(),
+            path,
+            default_user: "user".to_owned(),
+            default_workdir: String::new(),
+            generation: 0,
+            cpu_count: None,
+            memory_bytes: None,
+        }
     }
 }

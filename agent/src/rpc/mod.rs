@@ -1,5 +1,7 @@
 //! The Connect-RPC side of envd's wire: generated messages, the router, and what all services share.
 
+mod process;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +13,6 @@ use crate::filesystem;
 use crate::paths::PathError;
 use crate::state::{Agent, Identity};
 use crate::users::{User, UserError};
-use proto::filesystem::FilesystemExt as _;
 
 /// Messages and service traits of proto/*.proto.
 #[allow(unreachable_pub, missing_debug_implementations, clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
@@ -27,8 +28,9 @@ const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
 /// All RPC services, to be mounted behind the plain routes. Never compresses: some clients decode identity alone.
 pub(crate) fn service(agent: &Arc<Agent>) -> ConnectRpcService {
     let limits = Limits::default().with_max_request_body_size(MESSAGE_BYTES_MAX).with_max_message_size(MESSAGE_BYTES_MAX);
-    let filesystem = Arc::new(filesystem::service::Service { agent: Arc::clone(agent) });
-    filesystem.register(Router::new()).into_axum_service().with_limits(limits).with_compression_policy(CompressionPolicy::disabled())
+    let filesystem = filesystem::service::Service { agent: Arc::clone(agent) };
+    let services = Router::new().add_service(process::ProcessService::new(Arc::clone(agent))).add_service(Arc::new(filesystem));
+    services.into_axum_service().with_limits(limits).with_compression_policy(CompressionPolicy::disabled())
 }
 
 /// The user that the call runs as.
