@@ -1,5 +1,6 @@
 //! Every knob of the runtime. config.rs at the top fills it from config/stillbox.toml.
 
+use super::network::NetworkConfig;
 use crate::model::{ByteSize, InstanceId};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -54,6 +55,13 @@ pub struct RuntimeConfig {
     pub inotify_instances_max: u32,
     /// Pseudo-terminals per sandbox: one sandbox took 3071 of the host's 4096 where nothing said so.
     pub ptys_max: u32,
+    /// A dump with this much memory or more is restored lazily: the sandbox answers within 60 ms and the rest of its
+    /// memory follows; until then it cannot be paused again. Smaller ones are read at once, 0.45 s per GiB.
+    pub lazy_restore_min: ByteSize,
+    /// An installed CRIU (4.2 or newer) in place of the built-in one.
+    pub criu: Option<PathBuf>,
+    /// Slots, subnet, what may be reached.
+    pub network: NetworkConfig,
 }
 
 impl RuntimeConfig {
@@ -69,6 +77,9 @@ impl RuntimeConfig {
             mounts: SandboxMounts::User,
             inotify_instances_max: 128,
             ptys_max: 64,
+            lazy_restore_min: ByteSize::mib(512),
+            criu: None,
+            network: NetworkConfig::default(),
         }
     }
 }

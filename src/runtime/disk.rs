@@ -31,12 +31,14 @@ pub enum DiskKind {
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// Below the floor.
-    #[error("{free} are free below {}, {floor} is the floor", path.display())]
+    #[error("{used} of {limit} below {} are used, {floor} are kept free", path.display())]
     Full {
         /// The data folder.
         path: PathBuf,
-        /// Free bytes.
-        free: ByteSize,
+        /// Used bytes.
+        used: ByteSize,
+        /// What may be used.
+        limit: ByteSize,
         /// `runtime.disk_free_min`.
         floor: ByteSize,
     },
@@ -96,11 +98,14 @@ impl Disks {
     pub fn check_free(&self) -> Result<(), DiskError> {
         let path = self.layout.data_dir();
         let space = statvfs(path).map_err(|errno| failed("look at", path)(errno.into()))?;
-        let free = ByteSize(space.blocks_available() * space.fragment_size());
-        match free < self.free_min {
-            true => Err(DiskError::Full { path: path.to_owned(), free, floor: self.free_min }),
-            false => Ok(()),
+        let bytes = |blocks: u64| blocks * space.fragment_size();
+        let free = bytes(space.blocks_available());
+        if free >= self.free_min.bytes() {
+            return Ok(());
         }
+        let used = bytes(space.blocks() - space.blocks_free());
+        let limit = (used + free).saturating_sub(self.free_min.bytes());
+        Err(DiskError::Full { path: path.to_owned(), used: ByteSize(used), limit: ByteSize(limit), floor: self.free_min })
     }
 
     /// Makes the disk files of a sandbox, replacing what an earlier try left; an `Own` disk is left alone.

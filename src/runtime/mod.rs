@@ -12,6 +12,7 @@ pub mod devices;
 pub mod disk;
 pub mod fill;
 pub mod helper;
+pub mod kernel;
 pub mod layout;
 pub mod network;
 pub mod precheck;
@@ -72,7 +73,8 @@ pub struct StartRequest {
 }
 
 /// What a dump does to its source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum AfterDump {
     /// Pause: the processes are gone afterwards.
     Stop,

@@ -2,7 +2,9 @@
 
 use super::checked;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// A descriptor that becomes readable when the process has ended.
 pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
@@ -50,6 +52,20 @@ pub fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<ChildEnd>> {
     }))
 }
 
+/// Waits until a process has ended and takes its status, if it is our child. Cancel-safe: a status that was not taken
+/// stays where it is.
+pub async fn ended(pidfd: OwnedFd) -> io::Result<Option<ChildEnd>> {
+    // SAFETY: the descriptor is owned by the value that watches it, so it stays open for as long as it is watched.
+    let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+    loop {
+        let mut ready = watched.readable().await?;
+        match reap(watched.get_ref().as_fd())? {
+            None => ready.clear_ready(),
+            end => return Ok(end),
+        }
+    }
+}
+
 /// Field 22 of /proc/PID/stat: when the process started, in clock ticks after boot.
 pub fn start_ticks(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -65,7 +81,6 @@ fn parse_start_ticks(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     #[test]
     fn the_start_time_is_found_behind_a_hostile_command_name() {

@@ -2,10 +2,12 @@
 
 use super::super::config::SandboxMounts;
 use super::super::devices::DEVICE_NODES;
+use super::super::layout::SandboxFolder;
 use super::super::network::InnerNetwork;
 use super::super::rootfs::{RootError, RootPlan, STAGE, enter_stage, mount_root};
-use super::HelperStep;
+use super::{HelperStep, Operation};
 use super::bundle::{Places, describe};
+use super::criu::place;
 use crate::model::{ProcessRef, SandboxId};
 use crate::sys::mount::{attach, clone_mount};
 use crate::sys::netns::Netns;
@@ -14,14 +16,18 @@ use crate::sys::userns::{FilesystemIdentity, in_user_namespace};
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+/// Where libcontainer looks for cgroups.
+const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
 /// Open files per process inside, where the host allows it.
 const OPEN_FILES_MAX: u64 = 1 << 20;
 /// When the host runs out of memory, sandboxes go before the host's own programs.
@@ -38,21 +44,41 @@ pub(crate) struct ColdStart {
     pub(crate) cgroup_folders: Vec<PathBuf>,
     /// The cgroup, from each hierarchy's root.
     pub(crate) cgroup_path: PathBuf,
-    /// The way out; `None` leaves only `lo`.
-    pub(crate) network: Option<InnerNetwork>,
+    /// The way out.
+    pub(crate) network: InnerNetwork,
     /// What the agent's first init must carry.
     pub(crate) control_secret: String,
     /// What root inside may mount.
     pub(crate) mounts: SandboxMounts,
     /// Terminals at once.
     pub(crate) ptys_max: u32,
+    /// What the kernel counts per namespace.
+    pub(crate) limits: Limits,
+}
+
+/// Bounds that belong to a sandbox's user namespace. Not kept in dumps: set at every start.
+#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Limits {
     /// inotify instances at once.
     pub(crate) inotify_instances_max: u32,
 }
 
+impl Operation for ColdStart {
+    const VERB: &'static str = "create";
+    type Answer = ProcessRef;
+
+    fn folder(&self) -> &SandboxFolder {
+        &self.root.folder
+    }
+
+    fn run(&self) -> Result<ProcessRef, HelperStep> {
+        start(self)
+    }
+}
+
 /// Mounts the root and starts the agent in it. What a failure leaves behind is found by the sandbox's id: processes by
 /// its cgroup, mounts by its folder.
-pub(crate) fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
+fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
     let userns = mount_root(&request.root)?;
     stage_root(&request.root.folder.root_mount()).map_err(HelperStep::wrap("preparing the container's root"))?;
     join(&request.cgroup_folders).map_err(HelperStep::wrap("joining the cgroup"))?;
@@ -60,8 +86,8 @@ pub(crate) fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
     let mut container = build(request, &userns)?;
     let pid = container.pid().ok_or_else(|| HelperStep::new("starting the container", "libcontainer names no pid"))?.as_raw();
     place_devices(&Path::new(STAGE).join("root"), request.root.uid_base).map_err(HelperStep::wrap("making its devices"))?;
-    limit_namespace(&userns, request.inotify_instances_max).map_err(HelperStep::wrap("limiting its user namespace"))?;
-    connect(pid, request.network.as_ref()).map_err(HelperStep::wrap("connecting its network"))?;
+    limit_namespace(&userns, &request.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
+    Netns::of_process(pid).and_then(|netns| request.network.attach(&netns)).map_err(HelperStep::wrap("connecting its network"))?;
     container.start().map_err(HelperStep::wrap("starting pid 1"))?;
     let start_ticks = start_ticks(pid).map_err(HelperStep::wrap("looking at pid 1"))?;
     Ok(ProcessRef { pid, start_ticks })
@@ -84,16 +110,23 @@ fn stage_root(root: &Path) -> io::Result<()> {
     attach(root, &Path::new(STAGE).join("root"))
 }
 
+/// Moves this process into the sandbox's cgroups, for its children to start there.
+///
+/// libcontainer would move them once more, into the same ones, in a way that costs an RCU grace period for each v1
+/// hierarchy: so it is shown a machine without any. On v2 that is one write.
 fn join(cgroup_folders: &[PathBuf]) -> io::Result<()> {
     for folder in cgroup_folders {
-        // "0" is the writer.
-        fs::write(folder.join("cgroup.procs"), "0")?;
+        place::join(folder)?;
+    }
+    if statfs(CGROUP_MOUNT)?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+        umount2(CGROUP_MOUNT, MntFlags::MNT_DETACH)?;
+        mount(Some("tmpfs"), CGROUP_MOUNT, Some("tmpfs"), MsFlags::MS_RDONLY, None::<&str>)?;
     }
     Ok(())
 }
 
 /// Limits and scores are inherited. All of it is best effort: without CAP_SYS_RESOURCE the host's limits stay.
-fn prepare_this_process() {
+pub(super) fn prepare_this_process() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let wanted = OPEN_FILES_MAX.max(hard);
         if setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_err() {
@@ -165,17 +198,10 @@ fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-/// What the kernel counts per user namespace. Not kept in dumps, so it is the same work after a restore.
-pub(super) fn limit_namespace(userns: &OwnedFd, inotify_instances_max: u32) -> io::Result<()> {
-    in_user_namespace(userns, || fs::write("/proc/sys/user/max_inotify_instances", inotify_instances_max.to_string()))
-}
-
-fn connect(pid: i32, network: Option<&InnerNetwork>) -> io::Result<()> {
-    let netns = Netns::of_process(pid)?;
-    match network {
-        Some(inner) => inner.attach(&netns),
-        None => netns.run(crate::sys::netns::bring_loopback_up),
-    }
+/// Sets the bounds from inside, where root may.
+pub(super) fn limit_namespace(userns: &OwnedFd, limits: &Limits) -> io::Result<()> {
+    let instances = limits.inotify_instances_max.to_string();
+    in_user_namespace(userns, || fs::write("/proc/sys/user/max_inotify_instances", &instances))
 }
 
 /// The user namespace of a process.

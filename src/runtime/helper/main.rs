@@ -1,16 +1,26 @@
 //! The helper process: reads a request from standard input, does it, writes the answer to standard output.
 
 use super::container::ColdStart;
-use super::{HelperStep, Operation};
+use super::criu::lazy::{self, LazyPages};
+use super::dump::Dump;
+use super::restore::Restore;
+use super::{AtWork, HelperStep, Operation};
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 
 /// `stillbox runtime <verb>`. The calling process must have one thread and nothing else to do: it is changed for good.
 ///
 /// The exit code is 0 whenever an answer was written, be it a failed step; what the step was is in the answer.
-pub fn main(verb: &str) -> ExitCode {
+pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
     let outcome = match verb {
         ColdStart::VERB => serve::<ColdStart>(),
+        Restore::VERB => serve::<Restore>(),
+        Dump::VERB => serve::<Dump>(),
+        "lazy-pages" => match LazyPages::from_arguments(arguments) {
+            Some(lazy) => return lazy::serve(&lazy),
+            None => Err(io::Error::other("lazy-pages wants the CRIU and the work folder")),
+        },
         other => Err(io::Error::other(format!("there is no runtime verb '{other}'"))),
     };
     match outcome {
@@ -26,6 +36,8 @@ fn serve<O: Operation>() -> io::Result<()> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text)?;
     let operation: O = serde_json::from_str(&text)?;
+    // Until this process ends.
+    let _at_work = AtWork::begin(operation.folder())?;
     let answer: Result<O::Answer, HelperStep> = operation.run();
     let mut stdout = io::stdout().lock();
     serde_json::to_writer(&mut stdout, &answer)?;

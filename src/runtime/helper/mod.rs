@@ -7,9 +7,18 @@ mod bundle;
 pub(crate) mod client;
 pub(crate) mod container;
 pub(crate) mod criu;
+pub(crate) mod dump;
 pub mod main;
+pub(crate) mod restore;
 
+use super::layout::SandboxFolder;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use std::error::Error;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
 /// A step of an operation that failed, as it travels to the server: what was done, and why it failed, outermost
 /// reason first.
@@ -52,14 +61,45 @@ pub(crate) trait Operation: serde::Serialize + serde::de::DeserializeOwned + std
     const VERB: &'static str;
     /// What success answers.
     type Answer: serde::Serialize + serde::de::DeserializeOwned;
+    /// The sandbox that it works on.
+    fn folder(&self) -> &SandboxFolder;
     /// Does it, in the helper process.
     fn run(&self) -> Result<Self::Answer, HelperStep>;
 }
 
-impl Operation for container::ColdStart {
-    const VERB: &'static str = "create";
-    type Answer = crate::model::ProcessRef;
-    fn run(&self) -> Result<Self::Answer, HelperStep> {
-        container::start(self)
+/// The mark of a helper that is at work on a sandbox: it outlives a server that was killed, and the next one waits.
+struct AtWork {
+    _lock: Flock<File>,
+}
+
+impl AtWork {
+    fn begin(folder: &SandboxFolder) -> io::Result<Self> {
+        let lock = Flock::lock(open_lock(folder)?, FlockArg::LockExclusive).map_err(|(_, errno)| io::Error::from(errno))?;
+        Ok(Self { _lock: lock })
+    }
+}
+
+fn open_lock(folder: &SandboxFolder) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.path().join("helper.lock"))
+}
+
+/// Returns when no helper is at work on the sandbox. Blocks for at most `limit`.
+pub(crate) fn wait_until_idle(folder: &SandboxFolder, limit: Duration) -> io::Result<()> {
+    if !folder.path().exists() {
+        return Ok(());
+    }
+    let deadline = Instant::now() + limit;
+    let mut lock = open_lock(folder)?;
+    loop {
+        match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
+            Ok(_) => return Ok(()),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() > deadline => {
+                let waited = format!("a runtime helper is still at work in {} after {} s", folder.path().display(), limit.as_secs());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, waited));
+            }
+            Err((file, Errno::EWOULDBLOCK)) => lock = file,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

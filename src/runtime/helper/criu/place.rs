@@ -91,7 +91,7 @@ pub(super) fn join_cgroups(cgroups: &[PathBuf]) -> Result<(), PlaceError> {
 /// "0" is the writer, whatever pid namespace it is in. On v1 its thread alone moves, and there is no other: the
 /// kernel then does without its global lock, which costs an RCU grace period (3-20 ms for six controllers). v2 has no
 /// such file for a move between domains.
-fn join(cgroup: &Path) -> io::Result<()> {
+pub(in crate::runtime::helper) fn join(cgroup: &Path) -> io::Result<()> {
     match std::fs::OpenOptions::new().write(true).open(cgroup.join("tasks")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => std::fs::write(cgroup.join("cgroup.procs"), "0"),
         Err(error) => Err(error),

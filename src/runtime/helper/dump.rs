@@ -1,0 +1,95 @@
+//! A dump: CRIU writes the tree down, and while it stands still the disk is copied.
+
+use super::super::disk::copy_image;
+use super::super::{AfterDump, DUMPED_FILE, Dumped};
+use super::criu::{self, DumpOptions, HookError, place};
+use super::{HelperStep, Operation};
+use crate::runtime::layout::SandboxFolder;
+use crate::sys::disk::Frozen;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Dumps a running sandbox. A failure leaves it running and nothing of it changed.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Dump {
+    /// Its folder.
+    pub(crate) folder: SandboxFolder,
+    /// Its pid 1, as the host sees it.
+    pub(crate) init: i32,
+    /// An existing, empty folder.
+    pub(crate) images: PathBuf,
+    /// Where a copy of the disk goes, made while the tasks stand still.
+    pub(crate) disk_copy: Option<PathBuf>,
+    /// What becomes of the tasks.
+    pub(crate) after: AfterDump,
+    /// The CRIU to use.
+    pub(crate) criu: PathBuf,
+    /// Its content address (hex).
+    pub(crate) criu_sha256: String,
+    /// The agent's content address (hex).
+    pub(crate) agent_sha256: String,
+    /// Bound on CRIU's work.
+    pub(crate) deadline: Duration,
+}
+
+impl Operation for Dump {
+    const VERB: &'static str = "dump";
+    type Answer = Dumped;
+
+    fn folder(&self) -> &SandboxFolder {
+        &self.folder
+    }
+
+    fn run(&self) -> Result<Dumped, HelperStep> {
+        let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
+        let work = self.folder.work();
+        let options = DumpOptions {
+            criu: &self.criu,
+            init: self.init,
+            images: &self.images,
+            work: &work,
+            after: self.after,
+            deadline: self.deadline,
+        };
+        let began = Instant::now();
+        let mut dumped = None;
+        let report = criu::dump(&options, || {
+            self.copy_disk()?;
+            dumped = Some(self.record(began.elapsed())?);
+            Ok(())
+        });
+        let report = report.map_err(HelperStep::wrap("dumping"))?;
+        let dumped = dumped.ok_or_else(|| HelperStep::new("dumping", "CRIU did not stop for the disk"))?;
+        Ok(Dumped { standstill: report.standstill, ..dumped })
+    }
+}
+
+impl Dump {
+    fn copy_disk(&self) -> Result<(), HookError> {
+        let Some(copy) = &self.disk_copy else { return Ok(()) };
+        let disk = File::open(self.folder.disk_mount())?;
+        let _frozen = Frozen::freeze(disk.as_fd())?;
+        Ok(copy_image(&self.folder.disk_image(), copy)?)
+    }
+
+    /// Says beside the images that they are complete, before any task is ended: whoever finds the sandbox dead later
+    /// can rely on it.
+    fn record(&self, standstill: Duration) -> Result<Dumped, HookError> {
+        let dumped = Dumped {
+            criu: self.criu_sha256.clone(),
+            agent: self.agent_sha256.clone(),
+            images_bytes: bytes_in(&self.images)?,
+            standstill,
+        };
+        let mut file = File::create(self.images.join(DUMPED_FILE))?;
+        file.write_all(&serde_json::to_vec(&dumped)?)?;
+        Ok(dumped)
+    }
+}
+
+fn bytes_in(folder: &Path) -> io::Result<u64> {
+    fs::read_dir(folder)?.map(|entry| Ok(entry?.metadata()?.len())).sum()
+}

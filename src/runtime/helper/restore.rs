@@ -1,0 +1,84 @@
+//! A restore: CRIU lets a dumped tree go on, on another disk, with other ids, in another cgroup.
+
+use super::super::network::InnerNetwork;
+use super::super::rootfs::{RootPlan, mount_root};
+use super::container::{Limits, limit_namespace, prepare_this_process, userns_of};
+use super::criu::{self, Memory, RestoreOptions, place};
+use super::{HelperStep, Operation};
+use crate::model::{ByteSize, ProcessRef, SandboxId};
+use crate::runtime::layout::SandboxFolder;
+use crate::sys::process::start_ticks;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Restores a dump on a new mount of its root.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Restore {
+    /// Whose it becomes.
+    pub(crate) id: SandboxId,
+    /// The root to mount first; its disk is a copy of the one at the time of the dump.
+    pub(crate) root: RootPlan,
+    /// The cgroup's folders, made and limited; this process moves into them.
+    pub(crate) cgroup_folders: Vec<PathBuf>,
+    /// The way out.
+    pub(crate) network: InnerNetwork,
+    /// CRIU's images. Only read.
+    pub(crate) images: PathBuf,
+    /// The CRIU that wrote them.
+    pub(crate) criu: PathBuf,
+    /// From this much memory on, the sandbox runs before all of it is in.
+    pub(crate) lazy_min: ByteSize,
+    /// What the kernel counts per namespace.
+    pub(crate) limits: Limits,
+    /// Bound on CRIU's work.
+    pub(crate) deadline: Duration,
+}
+
+impl Operation for Restore {
+    const VERB: &'static str = "restore";
+    type Answer = ProcessRef;
+
+    fn folder(&self) -> &SandboxFolder {
+        &self.root.folder
+    }
+
+    /// What a failure leaves behind is found by the sandbox's id, as after a failed cold start.
+    fn run(&self) -> Result<ProcessRef, HelperStep> {
+        // The namespace was needed for its map; CRIU makes the sandbox's own.
+        drop(mount_root(&self.root)?);
+        let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
+        prepare_this_process();
+        let memory = memory_in(&self.images).map_err(HelperStep::wrap("looking at the images"))?;
+        let options = RestoreOptions {
+            criu: &self.criu,
+            images: &self.images,
+            work: &self.root.folder.work(),
+            root: &self.root.folder.root_mount(),
+            uid_base: self.root.uid_base,
+            cgroups: &self.cgroup_folders,
+            memory: match memory >= self.lazy_min {
+                true => Memory::Lazily { executable: Path::new("/proc/self/exe") },
+                false => Memory::Now,
+            },
+            deadline: self.deadline,
+        };
+        let restored = criu::restore(&options, |netns, _init| Ok(self.network.attach(netns)?)).map_err(HelperStep::wrap("restoring"))?;
+        let userns = userns_of(restored.init).map_err(HelperStep::wrap("limiting its user namespace"))?;
+        limit_namespace(&userns, &self.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
+        let start_ticks = start_ticks(restored.init).map_err(HelperStep::wrap("looking at pid 1"))?;
+        Ok(ProcessRef { pid: restored.init, start_ticks })
+    }
+}
+
+/// Size of the dumped pages.
+fn memory_in(images: &Path) -> io::Result<ByteSize> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(images)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("pages-") {
+            bytes += entry.metadata()?.len();
+        }
+    }
+    Ok(ByteSize(bytes))
+}

@@ -1,0 +1,188 @@
+//! The real runtime: this machine's kernel.
+//!
+//! ```text
+//! start    disk files ─> ids, slot, cgroup ─> helper: mounts, pid 1 ─> watched by pidfd
+//! stop     processes ─> mounts, loop device ─> cgroup ─> slot
+//! adopt    pidfd of the same process (start time) ─> slot, ids
+//! sweep    whatever carries our marks and belongs to nobody
+//! ```
+//!
+//! Nothing here remembers how far an operation had come: what a sandbox has in the kernel is found by its id (cgroup,
+//! folder, mounts), so that one way of cleaning up serves a failed start, a stop and the next server. Only libcontainer
+//! and CRIU need the helper process; everything else is done here, on blocking threads.
+
+mod live;
+mod open;
+mod release;
+mod start;
+
+pub use open::OpenError;
+
+use super::cgroup::Cgroups;
+use super::config::RuntimeConfig;
+use super::criu_binary::CriuBinary;
+use super::disk::Disks;
+use super::layout::Layout;
+use super::network::{Network, NetworkError};
+use super::rootfs::DiskNext;
+use super::uids::UidPool;
+use super::{
+    DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, fill, precheck,
+};
+use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
+use live::Live;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The runtime of one server. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Kernel(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    config: RuntimeConfig,
+    layout: Layout,
+    disks: Disks,
+    cgroups: Cgroups,
+    uids: UidPool,
+    network: Network,
+    /// SHA-256 of this build's agent.
+    agent: String,
+    /// `None` where there is none: nothing can be dumped then.
+    criu: Option<CriuBinary>,
+    host_boot_id: String,
+    dump_key: DumpKey,
+    live: Mutex<HashMap<SandboxId, Arc<Live>>>,
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Names the step of a sandbox's operation that an error happened in.
+fn step<E: Into<BoxError>>(id: SandboxId, step: &'static str) -> impl FnOnce(E) -> RuntimeError {
+    move |source| RuntimeError::Step { id, step, source: source.into() }
+}
+
+impl Kernel {
+    fn live(&self, id: SandboxId) -> Result<Arc<Live>, RuntimeError> {
+        let live = self.0.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.get(&id).cloned().ok_or(RuntimeError::NotRunning { id })
+    }
+
+    fn insert(&self, id: SandboxId, live: Live) {
+        self.0.live.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(live));
+    }
+
+    fn remove(&self, id: SandboxId) -> Option<Arc<Live>> {
+        self.0.live.lock().unwrap_or_else(PoisonError::into_inner).remove(&id)
+    }
+
+    /// Runs blocking work on a thread that may block. A panic in it is one here.
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Shared) -> T + Send + 'static) -> T {
+        let shared = Arc::clone(&self.0);
+        match tokio::task::spawn_blocking(move || work(&shared)).await {
+            Ok(done) => done,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Runtime for Kernel {
+    async fn start(&self, request: StartRequest) -> Result<KernelRef, RuntimeError> {
+        self.start_sandbox(request).await
+    }
+
+    async fn adopt(&self, id: SandboxId, kernel: &KernelRef) -> Result<(), RuntimeError> {
+        let is_ours = kernel.host_boot_id == self.0.host_boot_id;
+        let waited = self.blocking(move |shared| shared.wait_for_helper(id)).await;
+        waited.map_err(step(id, "waiting for an earlier server's helper"))?;
+        let live = match is_ours {
+            true => self.watch(id, kernel.clone(), self.0.uids.adopt(kernel.uid_base)),
+            false => None,
+        };
+        let live = live.ok_or(RuntimeError::NotRunning { id })?;
+        self.0.network.adopt(kernel.slot, id).await.map_err(step(id, "taking over the network slot"))?;
+        self.insert(id, live);
+        Ok(())
+    }
+
+    async fn exited(&self, id: SandboxId) -> Exit {
+        match self.live(id) {
+            Ok(live) => live.exited().await,
+            Err(_) => Exit::unknown(),
+        }
+    }
+
+    async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError> {
+        self.release(id, DiskNext::Kept).await
+    }
+
+    async fn destroy(&self, id: SandboxId) -> Result<(), RuntimeError> {
+        self.release(id, DiskNext::Removed).await
+    }
+
+    async fn dump(&self, request: DumpRequest) -> Result<Dumped, RuntimeError> {
+        self.dump_sandbox(request).await
+    }
+
+    async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError> {
+        let init = self.live(id)?.kernel.init.pid;
+        let found = self.blocking(move |shared| {
+            let fill = fill::state(&shared.layout.sandbox(id).work())?;
+            precheck::findings(init, fill)
+        });
+        found.await.map_err(step(id, "looking for what cannot be dumped"))
+    }
+
+    async fn dial(&self, id: SandboxId, port: u16) -> std::io::Result<tokio::net::TcpStream> {
+        let live = self.live(id).map_err(|error| std::io::Error::new(std::io::ErrorKind::NotConnected, error))?;
+        self.0.network.dial(&live.netns, port).await
+    }
+
+    async fn usage(&self, id: SandboxId) -> Result<Usage, RuntimeError> {
+        self.live(id)?;
+        let read = self.blocking(move |shared| -> Result<Usage, BoxError> {
+            let used = shared.cgroups.of(id).usage()?;
+            let disk = nix::sys::statvfs::statvfs(&shared.layout.sandbox(id).disk_mount())?;
+            let bytes = |blocks: u64| blocks * disk.fragment_size();
+            Ok(Usage {
+                cpu_ns: used.cpu_ns,
+                memory_used_bytes: used.memory_used_bytes,
+                memory_cache_bytes: used.memory_cache_bytes,
+                disk_used_bytes: bytes(disk.blocks() - disk.blocks_free()),
+                disk_total_bytes: bytes(disk.blocks()),
+            })
+        });
+        read.await.map_err(step(id, "reading the usage"))
+    }
+
+    fn dump_key(&self) -> DumpKey {
+        self.0.dump_key.clone()
+    }
+
+    async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError> {
+        let slot = self.live(id)?.kernel.slot;
+        self.0.network.set_policy(slot, policy).await.map_err(|error| network_error(id, error))
+    }
+
+    async fn sweep(&self, keep: &[SandboxId]) -> Result<(), RuntimeError> {
+        self.sweep_sandboxes(keep).await
+    }
+
+    async fn close(&self) {
+        self.0.network.close().await;
+        self.blocking(|shared| shared.cgroups.close()).await;
+    }
+}
+
+fn network_error(id: SandboxId, error: NetworkError) -> RuntimeError {
+    match error {
+        NetworkError::NoSlot { limit } => RuntimeError::Exhausted {
+            what: "the pool of network slots".to_owned(),
+            used: limit.to_string(),
+            limit: format!("{limit} (network.slots_max)"),
+            remedy: "kill sandboxes or raise network.slots_max".to_owned(),
+        },
+        other => step(id, "setting up the network")(other),
+    }
+}

@@ -1,0 +1,160 @@
+//! What a server does once: folders, the shared mount, programs, pools.
+
+use super::{Kernel, Shared};
+use crate::model::DumpKey;
+use crate::runtime::agent::{self, AgentLayerError};
+use crate::runtime::cgroup::{CgroupError, Cgroups};
+use crate::runtime::config::RuntimeConfig;
+use crate::runtime::criu_binary::{self, CriuBinary};
+use crate::runtime::disk::{DiskKind, Disks, make_private};
+use crate::runtime::layout::Layout;
+use crate::runtime::network::{Network, NetworkError};
+use crate::runtime::uids::UidPool;
+use nix::mount::{MsFlags, mount};
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// Why the runtime cannot work on this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The data folder.
+    #[error("cannot {action} {}", path.display())]
+    DataDir {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Limits cannot be set.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// No way out for sandboxes.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// Nothing to start in sandboxes.
+    #[error(transparent)]
+    Agent(#[from] AgentLayerError),
+}
+
+impl Kernel {
+    /// Takes the data folder into use; its lock is the caller's business. Call [`super::Runtime::adopt`] for what runs,
+    /// then [`super::Runtime::sweep`].
+    pub async fn open(config: RuntimeConfig) -> Result<Self, OpenError> {
+        let network = Network::open(config.network.clone(), config.instance, &config.data_dir).await?;
+        let opening = tokio::task::spawn_blocking(move || open_blocking(config, network));
+        let shared = opening.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
+        Ok(Self(Arc::new(shared)))
+    }
+}
+
+fn open_blocking(config: RuntimeConfig, network: Network) -> Result<Shared, OpenError> {
+    let wrong = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| OpenError::DataDir { action, path, source }
+    };
+    let layout = Layout::new(&config.data_dir).map_err(wrong("use", &config.data_dir))?;
+    make_private(&layout.sandboxes()).map_err(wrong("make", &layout.sandboxes()))?;
+    share(layout.data_dir()).map_err(wrong("make a shared mount of", layout.data_dir()))?;
+    // Sandboxes' first processes become ours when their helper ends, so that their exit status reaches us.
+    nix::sys::prctl::set_child_subreaper(true).map_err(|errno| wrong("become the subreaper for", layout.data_dir())(errno.into()))?;
+    let disks = Disks::open(layout.clone(), config.disk_free_min);
+    if disks.kind() == DiskKind::Folder {
+        tracing::warn!("No loop devices here (modprobe loop): disks are plain folders without a size limit, and nothing can be paused");
+    }
+    let agent = agent::install(&layout)?;
+    let criu = usable_criu(&layout, config.criu.as_deref());
+    let dump_key = DumpKey {
+        kernel: read_line("/proc/sys/kernel/osrelease"),
+        cpu_flags: cpu_flags(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
+        criu: criu.as_ref().map(|criu| criu.sha256.clone()).unwrap_or_default(),
+        agent: agent.clone(),
+        inner_address: network.inner_address().to_string(),
+    };
+    Ok(Shared {
+        disks,
+        cgroups: Cgroups::open(config.instance)?,
+        uids: UidPool::new(config.uid_ranges, config.instance),
+        network,
+        agent,
+        criu,
+        host_boot_id: read_line("/proc/sys/kernel/random/boot_id"),
+        dump_key,
+        live: Mutex::new(HashMap::new()),
+        layout,
+        config,
+    })
+}
+
+/// A server without CRIU still starts sandboxes; it cannot pause them.
+fn usable_criu(layout: &Layout, configured: Option<&Path>) -> Option<CriuBinary> {
+    match criu_binary::install(layout.data_dir(), configured) {
+        Ok(criu) => Some(criu),
+        Err(error) => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "No usable CRIU: nothing can be paused, every start is a cold one");
+            None
+        }
+    }
+}
+
+/// Makes the data folder a shared mount: helpers and sandboxes that copy the mount table then follow our unmounts, and
+/// no copy of theirs keeps a disk busy that we believe free. May be repeated.
+fn share(data_dir: &Path) -> io::Result<()> {
+    let none: Option<&str> = None;
+    if !is_mount_point(data_dir)? {
+        mount(Some(data_dir), data_dir, none, MsFlags::MS_BIND, none)?;
+    }
+    mount(none, data_dir, none, MsFlags::MS_SHARED, none)?;
+    Ok(())
+}
+
+fn is_mount_point(path: &Path) -> io::Result<bool> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(table.lines().filter_map(mount_point).any(|point| point == path))
+}
+
+/// The mount point in a line of mountinfo, whose spaces, tabs, newlines and backslashes are in octal.
+pub(super) fn mount_point(line: &str) -> Option<PathBuf> {
+    let written = line.split(' ').nth(4)?;
+    let mut path = String::new();
+    let mut rest = written;
+    while let Some((before, after)) = rest.split_once('\\') {
+        let code = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok())?;
+        path.push_str(before);
+        path.push(char::from(code));
+        rest = &after[3..];
+    }
+    path.push_str(rest);
+    Some(PathBuf::from(path))
+}
+
+fn read_line(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// The flags of the first CPU, sorted.
+fn cpu_flags(cpuinfo: &str) -> String {
+    let line = cpuinfo.lines().find(|line| line.starts_with("flags"));
+    let flags: BTreeSet<&str> = line.and_then(|line| line.split_once(':')).map(|(_, flags)| flags.split_whitespace().collect()).unwrap_or_default();
+    flags.into_iter().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_point_with_a_space_is_read() {
+        let line = "40 30 8:1 / /var/lib/still\\040box rw shared:1 - ext4 /dev/sda1 rw";
+        assert_eq!(mount_point(line), Some(PathBuf::from("/var/lib/still box")));
+    }
+
+    #[test]
+    fn cpu_flags_are_sorted_and_taken_once() {
+        assert_eq!(cpu_flags("processor: 0\nflags\t\t: sse2 fpu avx\n\nprocessor: 1\nflags\t\t: x\n"), "avx fpu sse2");
+    }
+}

@@ -1,0 +1,100 @@
+//! Taking away what a sandbox has in the kernel, found by its id.
+
+use super::open::mount_point;
+use super::{BoxError, Kernel, Shared, step};
+use crate::model::SandboxId;
+use crate::runtime::RuntimeError;
+use crate::runtime::disk::sync_image;
+use crate::runtime::helper;
+use crate::runtime::rootfs::{DiskNext, unmount_root};
+use crate::sys::loop_device;
+use std::collections::{BTreeSet, HashSet};
+use std::io;
+use std::path::Path;
+
+impl Kernel {
+    /// Ends a sandbox's processes and gives everything back. Succeeds when there is nothing.
+    pub(super) async fn release(&self, id: SandboxId, next: DiskNext) -> Result<(), RuntimeError> {
+        let live = self.remove(id);
+        let released = self.blocking(move |shared| shared.release_blocking(id, next)).await;
+        if let Some(live) = live {
+            // Not before the processes are gone: the slot belongs to somebody else from here on.
+            let slot = self.0.network.release(live.kernel.slot).await;
+            released.map_err(step(id, "giving back mounts and cgroup"))?;
+            slot.map_err(step(id, "giving back the network slot"))?;
+            return Ok(());
+        }
+        released.map_err(step(id, "giving back mounts and cgroup"))
+    }
+
+    /// Removes what belongs to nobody: of ids that are neither kept nor live everything, of kept ones without
+    /// processes what only a sandbox with processes has.
+    pub(super) async fn sweep_sandboxes(&self, keep: &[SandboxId]) -> Result<(), RuntimeError> {
+        let live: HashSet<SandboxId> = {
+            let live = self.0.live.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            live.keys().copied().collect()
+        };
+        let found = self.blocking(Shared::sandboxes_with_traces).await;
+        for id in found.into_iter().filter(|id| !live.contains(id)) {
+            let next = match keep.contains(&id) {
+                true => DiskNext::Kept,
+                false => DiskNext::Removed,
+            };
+            if let Err(error) = self.release(id, next).await {
+                tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Leftovers of sandbox {id} cannot be removed");
+            }
+        }
+        let slots: Vec<u32> = {
+            let live = self.0.live.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            live.values().map(|live| live.kernel.slot).collect()
+        };
+        if let Err(error) = self.0.network.sweep(&slots).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "Leftover network slots cannot be removed");
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// A helper that is at work on this sandbox has the lock of its folder. Returns when it is done, at the latest when
+    /// a server would have killed it.
+    pub(super) fn wait_for_helper(&self, id: SandboxId) -> io::Result<()> {
+        helper::wait_until_idle(&self.layout.sandbox(id), self.config.helper_time_max)
+    }
+
+    pub(super) fn release_blocking(&self, id: SandboxId, next: DiskNext) -> Result<(), BoxError> {
+        let folder = self.layout.sandbox(id);
+        let cgroup = self.cgroups.of(id);
+        cgroup.kill_all()?;
+        self.wait_for_helper(id)?;
+        // What a helper started between the two.
+        cgroup.kill_all()?;
+        unmount_root(&folder, next)?;
+        cgroup.remove()?;
+        match next {
+            DiskNext::Kept => sync_image(&folder)?,
+            DiskNext::Removed => remove_folder(folder.path())?,
+        }
+        Ok(())
+    }
+
+    /// Every sandbox of this instance that has a folder, a cgroup, a mount or a loop device.
+    fn sandboxes_with_traces(&self) -> BTreeSet<SandboxId> {
+        let sandboxes = self.layout.sandboxes();
+        let of_path = |path: &Path| path.strip_prefix(&sandboxes).ok()?.iter().next()?.to_str()?.parse().ok();
+        let folders = std::fs::read_dir(&sandboxes).into_iter().flatten().flatten().filter_map(|entry| of_path(&entry.path()));
+        let mut found: BTreeSet<SandboxId> = folders.chain(self.cgroups.sandboxes()).collect();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        found.extend(mounts.lines().filter_map(mount_point).filter_map(|path| of_path(&path)));
+        let loops = loop_device::below(&sandboxes).unwrap_or_default();
+        found.extend(loops.iter().filter_map(|(_, path)| of_path(path)));
+        found
+    }
+}
+
+fn remove_folder(path: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,192 @@
+//! Giving a sandbox processes, and stopping time for them.
+
+use super::live::Live;
+use super::{Kernel, Shared, network_error, step};
+use crate::model::{KernelRef, ProcessRef, SandboxId};
+use crate::runtime::disk::DiskError;
+use crate::runtime::helper::client::{HelperError, call};
+use crate::runtime::helper::container::{ColdStart, Limits};
+use crate::runtime::helper::dump::Dump;
+use crate::runtime::helper::restore::Restore;
+use crate::runtime::network::SlotLease;
+use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
+use crate::runtime::uids::UidLease;
+use crate::runtime::{
+    AfterDump, DiskSource, DumpRequest, Dumped, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary,
+};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+
+/// What a start has acquired that is not found again by the sandbox's id.
+struct Acquired {
+    uids: UidLease,
+    slot: SlotLease,
+}
+
+impl Kernel {
+    pub(super) async fn start_sandbox(&self, request: StartRequest) -> Result<KernelRef, RuntimeError> {
+        let id = request.id;
+        let after_failure = match request.disk {
+            DiskSource::Own => DiskNext::Kept,
+            DiskSource::Fresh | DiskSource::CopyOf(_) => DiskNext::Removed,
+        };
+        self.blocking(Shared::check_room).await.map_err(|error| disk_error(id, error))?;
+        if self.0.layout.sandbox(id).path().exists() {
+            self.release(id, after_failure).await?;
+        }
+        let acquired = self.acquire(&request).await?;
+        let slot = acquired.slot.slot;
+        match self.start_with(request, acquired).await {
+            Ok(live) => {
+                let kernel = live.kernel.clone();
+                self.insert(id, live);
+                Ok(kernel)
+            }
+            Err(error) => {
+                if let Err(cleanup) = self.release(id, after_failure).await {
+                    tracing::error!(sandbox.id = %id, error = &cleanup as &dyn std::error::Error, "A failed start of sandbox {id} left something behind");
+                }
+                if let Err(cleanup) = self.0.network.release(slot).await {
+                    tracing::error!(sandbox.id = %id, error = &cleanup as &dyn std::error::Error, "A failed start of sandbox {id} left its network slot behind");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn acquire(&self, request: &StartRequest) -> Result<Acquired, RuntimeError> {
+        let uids = self.0.uids.lease().map_err(|error| RuntimeError::Exhausted {
+            what: "the pool of host id ranges".to_owned(),
+            used: error.0.to_string(),
+            limit: format!("{} (runtime.uid_range_count)", error.0),
+            remedy: "kill sandboxes or raise runtime.uid_range_count".to_owned(),
+        })?;
+        let slot = self.0.network.lease(request.id, &request.network).await;
+        Ok(Acquired { uids, slot: slot.map_err(|error| network_error(request.id, error))? })
+    }
+
+    async fn start_with(&self, request: StartRequest, acquired: Acquired) -> Result<Live, RuntimeError> {
+        let id = request.id;
+        let Acquired { uids, slot } = acquired;
+        let (disk, resources) = (request.disk.clone(), request.resources);
+        let prepared = self.blocking(move |shared| shared.prepare_disk(id, &disk, resources.disk)).await;
+        prepared.map_err(|error| disk_error(id, error))?;
+        let made = self.blocking(move |shared| shared.cgroups.make(id, &resources).map(drop)).await;
+        made.map_err(step(id, "making the cgroup"))?;
+        let agent = match &request.from {
+            StartFrom::Cold { .. } => self.0.agent.clone(),
+            StartFrom::Dump { agent, .. } => agent.clone(),
+        };
+        let init = self.run_helper(&request, &agent, uids.base(), &slot).await?;
+        let kernel = KernelRef { init, slot: slot.slot, uid_base: uids.base(), host_boot_id: self.0.host_boot_id.clone(), agent };
+        self.watch(id, kernel, uids).ok_or_else(|| step(id, "watching pid 1")("it ended at once; its last words are in agent.log"))
+    }
+
+    async fn run_helper(&self, request: &StartRequest, agent: &str, uid_base: u32, slot: &SlotLease) -> Result<ProcessRef, RuntimeError> {
+        let shared = &self.0;
+        let id = request.id;
+        let cgroup = shared.cgroups.of(id);
+        let plan = |boot| RootPlan {
+            folder: shared.layout.sandbox(id),
+            disk: shared.disks.kind(),
+            agent: shared.layout.agent_layer(agent),
+            layers: request.layers.iter().map(|layer| shared.layout.layer(layer)).collect(),
+            uid_base,
+            boot,
+        };
+        let limits = Limits { inotify_instances_max: shared.config.inotify_instances_max };
+        match &request.from {
+            StartFrom::Cold { control_secret } => {
+                let start = ColdStart {
+                    id,
+                    root: plan(Boot::Cold),
+                    cgroup_folders: cgroup.folders(),
+                    cgroup_path: cgroup.path().to_owned(),
+                    network: slot.inner.clone(),
+                    control_secret: control_secret.clone(),
+                    mounts: shared.config.mounts,
+                    ptys_max: shared.config.ptys_max,
+                    limits,
+                };
+                self.helper(&start).await.map_err(step(id, "starting pid 1"))
+            }
+            StartFrom::Dump { images, criu, .. } => {
+                let restore = Restore {
+                    id,
+                    root: plan(Boot::Restore),
+                    cgroup_folders: cgroup.folders(),
+                    network: slot.inner.clone(),
+                    images: images.clone(),
+                    criu: self.criu(id, criu)?,
+                    lazy_min: shared.config.lazy_restore_min,
+                    limits,
+                    deadline: shared.config.helper_time_max,
+                };
+                self.helper(&restore).await.map_err(step(id, "restoring its processes"))
+            }
+        }
+    }
+
+    async fn helper<O: crate::runtime::helper::Operation>(&self, operation: &O) -> Result<O::Answer, HelperError> {
+        call(&self.0.config.helper, self.0.config.helper_time_max, operation).await
+    }
+
+    fn criu(&self, id: SandboxId, sha256: &str) -> Result<PathBuf, RuntimeError> {
+        let kept = criu_binary::kept(self.0.layout.data_dir(), sha256);
+        kept.ok_or_else(|| step(id, "finding the CRIU of its dump")(format!("criu/{sha256} is not there any more")))
+    }
+
+    pub(super) async fn dump_sandbox(&self, request: DumpRequest) -> Result<Dumped, RuntimeError> {
+        let id = request.id;
+        let live = self.live(id)?;
+        let findings = self.findings(id).await?;
+        if !findings.is_empty() {
+            return Err(RuntimeError::NotDumpable { id, findings });
+        }
+        let criu = self.0.criu.as_ref().ok_or_else(|| step(id, "dumping its processes")("this machine has no usable CRIU"))?;
+        let folder = self.0.layout.sandbox(id);
+        let dump = Dump {
+            init: live.kernel.init.pid,
+            images: request.images,
+            disk_copy: request.disk_copy,
+            after: request.after,
+            criu: criu.path.clone(),
+            criu_sha256: criu.sha256.clone(),
+            agent_sha256: live.kernel.agent.clone(),
+            deadline: self.0.config.helper_time_max,
+            folder,
+        };
+        drop(live);
+        let dumped = self.helper(&dump).await.map_err(step(id, "dumping its processes"))?;
+        match request.after {
+            AfterDump::Stop => self.release(id, DiskNext::Kept).await?,
+            AfterDump::KeepRunning => {}
+        }
+        Ok(dumped)
+    }
+}
+
+impl Shared {
+    fn check_room(&self) -> Result<(), DiskError> {
+        self.disks.check_free()
+    }
+
+    fn prepare_disk(&self, id: SandboxId, source: &DiskSource, size: crate::model::ByteSize) -> Result<(), DiskError> {
+        let folder = self.layout.sandbox(id);
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.work());
+        made.map_err(|source| DiskError::Io { action: "make", path: folder.work(), source })?;
+        self.disks.prepare(&folder, source, size)
+    }
+}
+
+fn disk_error(id: SandboxId, error: DiskError) -> RuntimeError {
+    match error {
+        DiskError::Full { path, used, limit, floor } => RuntimeError::Exhausted {
+            what: format!("disk space below {}", path.display()),
+            used: used.to_string(),
+            limit: limit.to_string(),
+            remedy: format!("remove sandboxes, snapshots or other files, or lower runtime.disk_free_min ({floor} are kept free)"),
+        },
+        other => step(id, "making the disk")(other),
+    }
+}
