@@ -16,7 +16,7 @@ use crate::error::HttpError;
 use crate::state::Agent;
 use crate::wire::{LogEntry, LogLevel};
 
-/// All entries together, as counted by [`weight`].
+/// All lines together.
 const RING_BYTES_MAX: usize = 256 << 10;
 /// One message; longer output is cut here.
 const MESSAGE_BYTES_MAX: usize = 1 << 10;
@@ -28,7 +28,8 @@ pub(crate) struct Log {
 
 #[derive(Debug, Default)]
 struct Ring {
-    entries: VecDeque<LogEntry>,
+    /// By sequence number, each as the line that will be served.
+    lines: VecDeque<(u64, Box<str>)>,
     bytes: usize,
     last_seq: u64,
 }
@@ -48,15 +49,14 @@ impl Log {
     /// Forgets all entries; numbers go on from where they are.
     pub(crate) fn clear(&self) {
         let mut ring = self.ring();
-        ring.entries.clear();
+        ring.lines.clear();
         ring.bytes = 0;
     }
 
     /// The entries after `cursor`, as JSON lines.
     fn lines_after(&self, cursor: u64) -> String {
         let ring = self.ring();
-        let lines = ring.entries.iter().filter(|entry| entry.seq > cursor).filter_map(|entry| serde_json::to_string(entry).ok());
-        lines.flat_map(|line| [line, "\n".to_owned()]).collect()
+        ring.lines.iter().filter(|(seq, _)| *seq > cursor).map(|(_, line)| &**line).collect()
     }
 
     fn ring(&self) -> MutexGuard<'_, Ring> {
@@ -72,19 +72,15 @@ impl Ring {
         }
         self.last_seq += 1;
         let entry = LogEntry { seq: self.last_seq, timestamp: rfc3339(SystemTime::now()), level, message, fields };
-        self.bytes += weight(&entry);
-        self.entries.push_back(entry);
+        // Strings and numbers always serialize.
+        let Ok(line) = serde_json::to_string(&entry) else { return };
+        self.bytes += line.len() + 1;
+        self.lines.push_back((entry.seq, (line + "\n").into_boxed_str()));
         while self.bytes > RING_BYTES_MAX {
-            let Some(oldest) = self.entries.pop_front() else { break };
-            self.bytes -= weight(&oldest);
+            let Some((_, oldest)) = self.lines.pop_front() else { break };
+            self.bytes -= oldest.len();
         }
     }
-}
-
-/// Roughly what an entry takes in memory.
-fn weight(entry: &LogEntry) -> usize {
-    let fields: usize = entry.fields.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
-    size_of::<LogEntry>() + entry.timestamp.len() + entry.message.len() + fields
 }
 
 #[derive(Debug, Deserialize)]
@@ -151,7 +147,7 @@ mod tests {
         }
         let ring = log.ring();
         assert!(ring.bytes <= RING_BYTES_MAX && ring.bytes > RING_BYTES_MAX / 2, "{}", ring.bytes);
-        assert_eq!(ring.entries.back().unwrap().seq, 1000);
-        assert_eq!(ring.bytes, ring.entries.iter().map(weight).sum::<usize>());
+        assert_eq!(ring.lines.back().unwrap().0, 1000);
+        assert_eq!(ring.bytes, ring.lines.iter().map(|(_, line)| line.len()).sum::<usize>());
     }
 }

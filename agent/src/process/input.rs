@@ -35,6 +35,15 @@ pub(crate) enum InputError {
 }
 
 impl Input {
+    pub(super) fn pipe(stdin: OwnedFd) -> io::Result<Input> {
+        rustix::io::ioctl_fionbio(&stdin, true)?;
+        Ok(Input::Pipe(Mutex::new(Some(pipe::Sender::from_owned_fd(stdin)?))))
+    }
+
+    pub(super) fn pty(master: Arc<AsyncFd<OwnedFd>>) -> Input {
+        Input::Pty { master, writing: Mutex::new(()) }
+    }
+
     /// Returns when the process's pipe has taken all of it. Writers take turns, whole inputs at a time.
     ///
     /// Not cancel-safe: a caller that gives up may leave a part of its bytes written.

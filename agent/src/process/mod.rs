@@ -16,9 +16,8 @@ mod supervise;
 mod table;
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::process::{Signal, pidfd_send_signal};
 use tokio::sync::Notify;
@@ -28,7 +27,7 @@ pub(crate) use self::table::{Selector, Table};
 
 use self::input::Input;
 use self::output::{Output, Subscription};
-use self::spawn::{ProcessConfig, Size, SpawnError, Terminal};
+use self::spawn::{ProcessConfig, SpawnError, Terminal};
 use crate::state::{Agent, Identity};
 use crate::users::User;
 
@@ -37,12 +36,18 @@ pub(crate) struct Process {
     pub(crate) pid: u32,
     pub(crate) tag: Option<String>,
     pub(crate) config: ProcessConfig,
-    pub(crate) input: Input,
     output: Arc<Output>,
+    /// None once it has ended, so that what is kept for late joiners holds no fds.
+    live: Mutex<Option<Arc<Live>>>,
+    signalled: Notify,
+}
+
+/// What a running process can be reached by.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) input: Input,
     /// Names this process even when its pid has been given to another.
     pidfd: OwnedFd,
-    ended: AtomicBool,
-    signalled: Notify,
 }
 
 /// A request to start a process, complete and checked for form.
@@ -70,12 +75,17 @@ impl Process {
     }
 
     pub(crate) fn is_running(&self) -> bool {
-        !self.ended.load(Ordering::Acquire)
+        self.live().is_some()
+    }
+
+    /// None once it has ended.
+    pub(crate) fn live(&self) -> Option<Arc<Live>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Hits this process alone. Once it is gone, grandchildren that hold its output are no longer waited for.
     pub(crate) fn send_signal(&self, signal: Signal) -> io::Result<()> {
-        let sent = pidfd_send_signal(self.pidfd.as_fd(), signal);
+        let sent = self.live().map_or(Ok(()), |live| pidfd_send_signal(&live.pidfd, signal));
         self.signalled.notify_one();
         match sent {
             // It has exited and only its output is still open: what the caller wants is true already.
@@ -84,7 +94,7 @@ impl Process {
         }
     }
 
-    pub(crate) fn resize(&self, size: Size) -> Result<(), input::InputError> {
-        self.input.resize(size)
+    fn retire(&self) {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }

@@ -2,16 +2,14 @@
 
 use std::future::Future;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures_util::future::join;
 use rustix::process::Signal;
 use tokio::io::Interest;
-use tokio::net::unix::pipe;
-use tokio::sync::{Mutex, Notify, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -19,13 +17,12 @@ use super::exit::Exit;
 use super::input::Input;
 use super::output::{Chunk, Output, Source, Subscription, pump, pump_shared};
 use super::spawn::{Spawned, Streams};
-use super::{Process, Start};
+use super::table::Sweep;
+use super::{Live, Process, Start};
 use crate::state::Agent;
 use crate::sys;
 use crate::wire::LogLevel;
 
-/// How long an ended process can still be connected to.
-const END_RETENTION: Duration = Duration::from_secs(30);
 /// After a signal, for the output that is already in the pipes; a grandchild may hold them open for ever.
 const DRAIN_AFTER_SIGNAL: Duration = Duration::from_millis(50);
 
@@ -41,19 +38,14 @@ pub(super) fn attend(agent: &Arc<Agent>, spawned: Spawned, start: Start, exit: o
         pid,
         tag: start.tag,
         config: start.config,
-        input,
         output,
-        pidfd: spawned.pidfd,
-        ended: AtomicBool::new(false),
+        live: Mutex::new(Some(Arc::new(Live { input, pidfd: spawned.pidfd }))),
         signalled: Notify::new(),
     });
     agent.processes.insert(Arc::clone(&process));
     agent.log.write(LogLevel::Info, "process started", [("pid", pid.to_string()), ("cmd", process.config.cmd.clone())]);
-    let pumps = tokio::spawn(async move {
-        for pump in pumps.map(tokio::spawn) {
-            let _ = pump.await;
-        }
-    });
+    let [first, second] = pumps;
+    let pumps = tokio::spawn(async { drop(join(first, second).await) });
     tokio::spawn(supervise(Arc::clone(agent), Arc::clone(&process), exit, pumps, start.deadline));
     Ok((process, subscription))
 }
@@ -63,7 +55,7 @@ fn wire_up(agent: &Arc<Agent>, pid: u32, streams: Streams, output: &Arc<Output>)
     match streams {
         Streams::Pipes { stdin, stdout, stderr } => {
             let input = match stdin {
-                Some(stdin) => Input::Pipe(Mutex::new(Some(pipe::Sender::from_owned_fd(nonblocking(stdin)?)?))),
+                Some(stdin) => Input::pipe(stdin)?,
                 None => Input::Null,
             };
             let pumps = [(stdout, Source::Stdout), (stderr, Source::Stderr)].map(|(fd, source)| -> Pump {
@@ -74,17 +66,12 @@ fn wire_up(agent: &Arc<Agent>, pid: u32, streams: Streams, output: &Arc<Output>)
         }
         Streams::Pty(master) => {
             let master = Arc::new(sys::async_fd(master, Interest::READABLE | Interest::WRITABLE)?);
-            let input = Input::Pty { master: Arc::clone(&master), writing: Mutex::new(()) };
+            let input = Input::pty(Arc::clone(&master));
             let (output, mut log_chunk) = (Arc::clone(output), chunk_logger(agent, pid));
             let pump: Pump = Box::pin(async move { drop(pump_shared(&master, Source::Pty, &output, &mut log_chunk).await) });
             Ok((input, [pump, Box::pin(std::future::ready(()))]))
         }
     }
-}
-
-fn nonblocking(fd: OwnedFd) -> io::Result<OwnedFd> {
-    rustix::io::ioctl_fionbio(&fd, true)?;
-    Ok(fd)
 }
 
 fn chunk_logger(agent: &Arc<Agent>, pid: u32) -> impl FnMut(&Chunk) + Send + use<> {
@@ -102,11 +89,19 @@ fn chunk_logger(agent: &Arc<Agent>, pid: u32) -> impl FnMut(&Chunk) + Send + use
 async fn supervise(agent: Arc<Agent>, process: Arc<Process>, exit: oneshot::Receiver<Exit>, pumps: JoinHandle<()>, deadline: Option<Instant>) {
     let exit = exit_or_kill(&process, exit, deadline).await;
     drain(&process, pumps, deadline).await;
-    process.ended.store(true, Ordering::Release);
+    process.retire();
     process.output.end(exit).await;
     agent.log.write(LogLevel::Info, "process ended", [("pid", process.pid.to_string()), ("status", exit.status())]);
-    sleep(END_RETENTION).await;
-    agent.processes.forget(&process);
+    if agent.processes.keep_ended(process) == Sweep::Begin {
+        sweep(&agent).await;
+    }
+}
+
+/// Forgets ended processes as their time comes, until there is none left.
+async fn sweep(agent: &Agent) {
+    while let Some(next) = agent.processes.forget_expired(Instant::now()) {
+        sleep_until(next).await;
+    }
 }
 
 /// Waits for the exit; kills at the deadline.

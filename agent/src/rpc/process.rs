@@ -15,7 +15,7 @@ use crate::process::exit::Exit;
 use crate::process::input::InputError;
 use crate::process::output::{Chunk, OutputEvent, Source, Subscription};
 use crate::process::spawn::{ProcessConfig, Size, SpawnError, Stdin, Terminal};
-use crate::process::{self, Process, Selector, Start};
+use crate::process::{self, Live, Process, Selector, Start};
 use crate::state::Agent;
 
 /// For a PTY whose request names no size.
@@ -33,6 +33,12 @@ impl ProcessService {
 
     fn running(&self, selector: Option<&wire::ProcessSelector>) -> Result<Arc<Process>, ConnectError> {
         Ok(self.agent.processes.find_running(parse_selector(selector)?)?)
+    }
+
+    fn live(&self, selector: Option<&wire::ProcessSelector>) -> Result<Arc<Live>, ConnectError> {
+        let selector = parse_selector(selector)?;
+        let process = self.agent.processes.find_running(selector.clone())?;
+        Ok(process.live().ok_or(selector)?)
     }
 }
 
@@ -78,9 +84,9 @@ impl wire::Process for ProcessService {
         request: ServiceRequest<'_, wire::UpdateRequest>,
     ) -> ServiceResult<impl Encodable<wire::UpdateResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
-        let process = self.running(request.process.as_option())?;
+        let live = self.live(request.process.as_option())?;
         if let Some(size) = request.pty.as_option().and_then(|pty| pty.size.as_option()) {
-            process.resize(parse_size(size)?)?;
+            live.input.resize(parse_size(size)?)?;
         }
         Response::ok(wire::UpdateResponse::default())
     }
@@ -91,13 +97,13 @@ impl wire::Process for ProcessService {
         mut requests: InboundStream<wire::StreamInputRequest>,
     ) -> ServiceResult<impl Encodable<wire::StreamInputResponse> + Send + use<'a>> {
         use wire::stream_input_request::Event;
-        let mut process = None;
+        let mut live = None;
         while let Some(request) = requests.next().await {
             match request?.to_owned_message().event {
-                Some(Event::Start(start)) => process = Some(self.running(start.process.as_option())?),
+                Some(Event::Start(start)) => live = Some(self.live(start.process.as_option())?),
                 Some(Event::Data(data)) => {
-                    let process: &Arc<Process> = process.as_ref().ok_or_else(|| ConnectError::invalid_argument("input came before the start event that names its process"))?;
-                    write_input(process, data.input.into_option()).await?;
+                    let live: &Arc<Live> = live.as_ref().ok_or_else(|| ConnectError::invalid_argument("input came before the start event that names its process"))?;
+                    write_input(live, data.input.into_option()).await?;
                 }
                 Some(Event::Keepalive(_)) => {}
                 None => return Err(ConnectError::invalid_argument("event is not set")),
@@ -112,8 +118,8 @@ impl wire::Process for ProcessService {
         request: ServiceRequest<'_, wire::SendInputRequest>,
     ) -> ServiceResult<impl Encodable<wire::SendInputResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
-        let process = self.running(request.process.as_option())?;
-        write_input(&process, request.input.into_option()).await?;
+        let live = self.live(request.process.as_option())?;
+        write_input(&live, request.input.into_option()).await?;
         Response::ok(wire::SendInputResponse::default())
     }
 
@@ -138,8 +144,7 @@ impl wire::Process for ProcessService {
         _ctx: RequestContext,
         request: ServiceRequest<'_, wire::CloseStdinRequest>,
     ) -> ServiceResult<impl Encodable<wire::CloseStdinResponse> + Send + use<'a>> {
-        let process = self.running(request.to_owned_message().process.as_option())?;
-        process.input.close().await?;
+        self.live(request.to_owned_message().process.as_option())?.input.close().await?;
         Response::ok(wire::CloseStdinResponse::default())
     }
 }
@@ -169,11 +174,11 @@ fn parse_selector(selector: Option<&wire::ProcessSelector>) -> Result<Selector, 
     }
 }
 
-async fn write_input(process: &Process, input: Option<wire::ProcessInput>) -> Result<(), ConnectError> {
+async fn write_input(live: &Live, input: Option<wire::ProcessInput>) -> Result<(), ConnectError> {
     use wire::process_input::Input;
     match input.and_then(|input| input.input) {
-        Some(Input::Stdin(bytes)) => Ok(process.input.write_stdin(&bytes).await?),
-        Some(Input::Pty(bytes)) => Ok(process.input.write_pty(&bytes).await?),
+        Some(Input::Stdin(bytes)) => Ok(live.input.write_stdin(&bytes).await?),
+        Some(Input::Pty(bytes)) => Ok(live.input.write_pty(&bytes).await?),
         None => Err(ConnectError::invalid_argument("input is not set; give stdin or pty")),
     }
 }
