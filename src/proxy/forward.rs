@@ -48,7 +48,6 @@ enum Source {
 #[derive(Debug)]
 struct Exchange {
     body: Incoming,
-    severed: Arc<AtomicBool>,
     /// Until the body is over; then the connection goes back to the pool. Dropped earlier it closes.
     connection: Option<(Connection, Arc<Pool>, Key)>,
 }
@@ -60,11 +59,6 @@ impl Exchange {
         }
     }
 }
-
-/// The sandbox was paused or killed while it answered.
-#[derive(Debug, Clone, Copy, thiserror::Error)]
-#[error("the sandbox was cut off while it answered")]
-pub(super) struct Severed;
 
 impl ProxyBody {
     /// A text of our own.
@@ -93,9 +87,8 @@ impl Body for ProxyBody {
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
+            // A connection that was cut ends here too: hyper tells its body that it is incomplete.
             Some(Err(error)) => Poll::Ready(Some(Err(error.into()))),
-            // hyper ends the body of a dropped connection as if it were complete.
-            None if exchange.severed.load(Ordering::Acquire) => Poll::Ready(Some(Err(Severed.into()))),
             None => {
                 exchange.settle();
                 Poll::Ready(None)
@@ -200,8 +193,7 @@ fn answered(mut response: Response<Incoming>, connection: Connection, pool: &Arc
     response.headers_mut().remove(header::TRANSFER_ENCODING);
     *response.version_mut() = Version::HTTP_11;
     response.map(|body| {
-        let severed = connection.severed();
-        let mut exchange = Exchange { body, severed, connection: Some((connection, Arc::clone(pool), key)) };
+        let mut exchange = Exchange { body, connection: Some((connection, Arc::clone(pool), key)) };
         if exchange.body.is_end_stream() {
             exchange.settle();
         }

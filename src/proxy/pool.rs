@@ -1,7 +1,7 @@
 //! Connections into sandboxes: one dialled per request at most, kept for a moment when it may serve another.
 //!
 //! Each connection has a task that drives it until it ends or its sandbox is cut. Cutting marks the connection
-//! `severed` before it is dropped, so that a body in flight ends in an error and never looks complete.
+//! `severed` before it is dropped, so that a request without an answer is told why; a body in flight ends in an error.
 
 use super::Door;
 use hyper::body::Incoming;
