@@ -82,7 +82,7 @@ fn has_envd_credentials(switchboard: &dyn Switchboard, id: SandboxId, (method, u
 fn refuse(error: RouteError) -> Refusal {
     match error {
         RouteError::Unknown(_) | RouteError::Wake(ConnectError::Unknown(_)) => Refusal::NotFound,
-        RouteError::Busy { .. } | RouteError::Wake(ConnectError::AlreadyRunning(_)) => Refusal::Transitioning,
+        RouteError::Busy { .. } | RouteError::Wake(ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. }) => Refusal::Transitioning,
         RouteError::Wake(ConnectError::TooMany { running, limit }) => {
             Refusal::NoPlace(format!("{running} sandboxes are running, the limit is {limit}; the paused one cannot be woken now"))
         }

@@ -10,6 +10,7 @@ pub mod config;
 pub mod criu_binary;
 pub mod devices;
 pub mod disk;
+pub mod fake;
 pub mod fill;
 pub mod helper;
 pub mod kernel;
@@ -226,6 +227,10 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// What a dump made now would depend on.
     fn dump_key(&self) -> DumpKey;
+
+    /// Resolves when nothing reads the images any more that it was restored from (a lazy restore has its memory
+    /// complete, or has lost it and the sandbox ends). Cancel-safe.
+    async fn images_released(&self, _id: SandboxId) {}
 
     /// Replaces the egress rules of its slot; new connections see them at once.
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError>;

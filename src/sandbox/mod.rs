@@ -1,14 +1,57 @@
 //! The core: what a sandbox may do next, and who does it.
 //!
 //! [`Registry`] is the face of this room: dialects, proxy and templates ask it and await the answer; each sandbox has
-//! one driver task, and only that changes the sandbox's state. Whether a request is accepted, ignored or denied is a
-//! pure function (queue.rs). Handlers may vanish at any await: nothing here is lost by it.
+//! one driver task (driver.rs), and only that changes the sandbox's state. Whether a request is accepted, ignored or
+//! denied is a pure function (queue.rs). Handlers may vanish at any await: nothing here is lost by it.
+//!
+//! Verbs have a file each, with their errors and the order of their steps; a server that dies between two steps is
+//! followed by one that reads recover.rs.
 
+mod agent;
+mod clock;
+mod config;
+mod copy;
+mod core;
+mod create;
+mod driver;
+mod dump_folder;
+mod error;
+mod failpoints;
+mod fork;
+mod housekeeping;
+mod kill;
+mod list;
+mod logs;
+mod metrics;
+mod network;
+mod pause;
+mod places;
+mod queue;
+mod recover;
 mod registry;
+mod resume;
+mod route;
+mod snapshot;
+mod start;
+mod timeout;
+mod timers;
 mod tokens;
 
-pub use registry::{
-    ConnectError, Connected, CreateError, ListError, ListOrder, ListPage, ListQuery, LogDirection, LogQuery, MetricsError, NetworkError,
-    Fork, ForkError, OpenError, PauseError, Registry, Route, RouteError, SandboxConfig, SnapshotInfo, SnapshotPage, SnapshotQuery, SnapshotSync, StoreFailure, Strictness, TimeoutError, UnknownSandbox,
-};
+pub use self::core::Seams;
+pub use clock::Clock;
+pub use config::{SandboxConfig, SnapshotSync};
+pub use create::CreateError;
+pub use error::{StoreFailure, UnknownSandbox};
+pub use failpoints::{AtFailpoint, Failpoints};
+pub use fork::{Copies, Fork, ForkError, Strictness};
+pub use list::{ListError, ListOrder, ListPage, ListQuery};
+pub use logs::{LogDirection, LogQuery, MetricsError};
+pub use network::NetworkError;
+pub use pause::PauseError;
+pub use recover::OpenError;
+pub use registry::Registry;
+pub use resume::{ConnectError, Connected};
+pub use route::{Route, RouteError};
+pub use snapshot::{SnapshotInfo, SnapshotPage, SnapshotQuery};
+pub use timeout::TimeoutError;
 pub use tokens::{InstallKey, TokenKind};

@@ -130,6 +130,14 @@ impl Store {
         self.inner.truth.write(question).await
     }
 
+    /// [`Store::write`] without waiting; queued before anything that is asked afterwards. A failure is logged.
+    pub fn write_later<F>(&self, question: F)
+    where
+        F: FnOnce(&Db<'_>) -> Result<(), StoreError> + Send + 'static,
+    {
+        self.inner.truth.write_later(question);
+    }
+
     /// Runs `question` on a read connection, on a snapshot that holds all writes answered before.
     pub async fn read<T, F>(&self, question: F) -> Result<T, StoreError>
     where

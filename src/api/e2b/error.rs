@@ -66,7 +66,7 @@ impl From<ConnectError> for ApiError {
     fn from(error: ConnectError) -> Self {
         match error {
             ConnectError::Unknown(unknown) => unknown.into(),
-            ConnectError::AlreadyRunning(_) => Self::conflict(error.to_string()),
+            ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. } => Self::conflict(error.to_string()),
             ConnectError::TooLong { .. } => Self::bad_request(error.to_string()),
             ConnectError::TooMany { .. } => too_many(error),
             ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),

@@ -1,0 +1,44 @@
+//! Bounds and timings of the core.
+
+use crate::model::ByteSize;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Bounds and timings of the core. Each has a key in config/stillbox.toml.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SandboxConfig {
+    /// `data_dir`: dumps are in `snapshots/<id>`, disks in `sandboxes/<id>`.
+    pub data_dir: PathBuf,
+    /// What /etc/resolv.conf inside says.
+    pub nameservers: Vec<IpAddr>,
+    /// Longest time to live that may be asked for.
+    pub timeout_max: Duration,
+    /// Sandboxes with processes at once.
+    pub running_max: u32,
+    /// How often metrics are sampled.
+    pub metrics_every: Duration,
+    /// How long rows, metrics and logs of killed sandboxes are kept.
+    pub history_kept: Duration,
+    /// How long a request may wait for a sandbox to wake up.
+    pub wake_wait_max: Duration,
+    /// New time to live, at least, after traffic woke a sandbox.
+    pub wake_timeout_min: Duration,
+    /// How long the agent may take to answer after a start.
+    pub agent_ready_max: Duration,
+    /// All dumps together, memory and disk copies.
+    pub snapshots_bytes_max: ByteSize,
+    /// How long a paused sandbox is kept before it is removed.
+    pub paused_kept: Duration,
+    /// When a dump is put on stable storage.
+    pub snapshot_sync: SnapshotSync,
+}
+
+/// When a dump is put on stable storage. A death of any of our processes is survived either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotSync {
+    /// After the caller was answered; a power cut until then loses the memory of the sandbox.
+    Background,
+    /// Before the caller is answered.
+    BeforeReply,
+}

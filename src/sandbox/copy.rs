@@ -1,0 +1,105 @@
+//! A source for copies: what fork and snapshot start from.
+//!
+//! Of a running sandbox: a dump with a copy of its disk, made while its tasks stand still. Of a paused one: its own dump
+//! and disk, held still by its driver for as long as the source is in use.
+
+use super::core::Core;
+use super::driver::Driver;
+use super::dump_folder::DumpFolder;
+use super::pause::{PauseFailure, snapshot_row};
+use crate::model::{BuildRecord, SandboxSpec, SandboxState, SnapshotId, SnapshotRecord};
+use crate::runtime::AfterDump;
+use crate::store::{snapshots, templates};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+/// What copies start from. Dropping it lets go of the files.
+#[derive(Debug)]
+pub(super) struct CopySource {
+    /// As of the moment of the copy.
+    pub(super) spec: SandboxSpec,
+    pub(super) build: BuildRecord,
+    pub(super) generation: u64,
+    pub(super) boot_id: String,
+    /// A disk that nobody writes.
+    pub(super) disk: PathBuf,
+    /// Its memory; `None` of one that was paused without.
+    pub(super) dump: Option<SnapshotRecord>,
+    held: Held,
+}
+
+/// Why the files stay as they are.
+#[derive(Debug)]
+enum Held {
+    /// They were made for this source and go with it, unless they are kept.
+    Made { core: Arc<Core>, folder: DumpFolder, keep: bool },
+    /// The driver of the paused sandbox waits until this is dropped.
+    Still { _until_dropped: oneshot::Sender<()> },
+}
+
+impl CopySource {
+    /// Hands the files over: they stay when the source is dropped.
+    pub(super) fn keep_files(&mut self) {
+        if let Held::Made { keep, .. } = &mut self.held {
+            *keep = true;
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Self::Made { core, folder, keep: false } = self {
+            let folder = folder.clone();
+            core.spawn(async move { folder.remove().await });
+        }
+    }
+}
+
+impl Driver {
+    /// A source; of a paused sandbox with the receiver that ends when the source is not used any more.
+    pub(super) async fn copy(&mut self) -> Result<(CopySource, Option<oneshot::Receiver<()>>), PauseFailure> {
+        let build_id = self.record.spec.build;
+        let build = self.core.store.read(move |db| templates::build(db, build_id)).await?;
+        let build = build.ok_or(PauseFailure::Gone)?;
+        match self.record.state {
+            SandboxState::Paused => self.hold_still(build).await,
+            SandboxState::Running => Ok((self.dump_for_copies(build).await?, None)),
+            SandboxState::Creating
+            | SandboxState::Pausing
+            | SandboxState::Resuming
+            | SandboxState::Killing
+            | SandboxState::Killed
+            | SandboxState::Failed => Err(PauseFailure::Gone),
+        }
+    }
+
+    async fn hold_still(&self, build: BuildRecord) -> Result<(CopySource, Option<oneshot::Receiver<()>>), PauseFailure> {
+        let dump = match self.record.snapshot {
+            Some(id) => self.core.store.read(move |db| snapshots::by_id(db, id)).await?,
+            None => None,
+        };
+        let (until_dropped, dropped) = oneshot::channel();
+        let disk = self.core.config.data_dir.join("sandboxes").join(self.id.as_str()).join("disk.img");
+        Ok((self.source(build, disk, dump, Held::Still { _until_dropped: until_dropped }), Some(dropped)))
+    }
+
+    async fn dump_for_copies(&mut self, build: BuildRecord) -> Result<CopySource, PauseFailure> {
+        self.require_dumpable().await?;
+        let snapshot = SnapshotId::random();
+        let dumped = self.dump(snapshot, AfterDump::KeepRunning).await?;
+        self.core.failpoints.pass("copy.dumped").await;
+        let folder = DumpFolder::of(&self.core, snapshot);
+        folder.put_in_place().await;
+        self.core.failpoints.pass("copy.renamed").await;
+        let row = snapshot_row(&self.core, snapshot, &self.record, &dumped).await;
+        tracing::info!(sandbox.id = %self.id, standstill_ms = dumped.standstill.as_millis(), "Dumped running sandbox {}", self.id);
+        let disk = folder.disk();
+        Ok(self.source(build, disk, Some(row), Held::Made { core: Arc::clone(&self.core), folder, keep: false }))
+    }
+
+    fn source(&self, build: BuildRecord, disk: PathBuf, dump: Option<SnapshotRecord>, held: Held) -> CopySource {
+        let record = &self.record;
+        CopySource { spec: record.spec.clone(), build, generation: record.generation, boot_id: record.boot_id.clone(), disk, dump, held }
+    }
+}

@@ -1,0 +1,284 @@
+//! create: a row, a place, processes, an agent that knows whose it is.
+//!
+//! `Reserved` (place taken, row `creating`) -> [`Prepared`] -> `Started` -> `Ready` -> row `running`. Any failure
+//! destroys what was made and leaves a row `failed` with the reason.
+
+use super::core::Core;
+use super::driver::Driver;
+use super::error::{StoreFailure, chain};
+use super::places::{Full, Place};
+use super::start::{Origin, Prepared, Ready, StartError, random_boot_id, random_secret, usable_dump};
+use crate::model::{BuildRecord, BuildState, EndReason, LogLevel, SandboxId, SandboxRecord, SandboxSpec, SandboxState, SnapshotRecord, TemplateId};
+use crate::store::{Db, StoreError, idempotency, sandboxes, snapshots, templates};
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use tokio::sync::oneshot;
+
+/// Why no sandbox was created. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// All places are taken.
+    #[error("{running} sandboxes are running, the limit is {limit}; kill some or raise sandbox.running_max")]
+    TooMany {
+        /// Running now.
+        running: u32,
+        /// The bound.
+        limit: u32,
+    },
+    /// The server is stopping.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// It was killed before it was ready.
+    #[error("sandbox {0} was killed while it was being created")]
+    Killed(SandboxId),
+    /// The same idempotency key came with another request.
+    #[error("idempotency key '{key}' was used for a different request; use a new key")]
+    IdempotencyConflict {
+        /// The key.
+        key: String,
+    },
+    /// The build it names cannot be used.
+    #[error("build {build} of template {template} is {state}; only a ready build can be started")]
+    NotReady {
+        /// The template.
+        template: TemplateId,
+        /// The build.
+        build: crate::model::BuildId,
+        /// Its state.
+        state: &'static str,
+    },
+    /// The kernel side failed.
+    #[error("sandbox {id} could not be started")]
+    Start {
+        /// The id it would have had; names its log lines.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreFailure),
+}
+
+impl From<Full> for CreateError {
+    fn from(full: Full) -> Self {
+        Self::TooMany { running: full.running, limit: full.limit }
+    }
+}
+
+/// What became of an attempt to write the first row.
+enum Reserved {
+    New,
+    /// An earlier request with the same key made this one.
+    Replay(SandboxId),
+    /// The key was used for something else.
+    Conflict,
+}
+
+/// A sandbox from a build. Goes on when the caller vanishes.
+pub(super) async fn create(core: &Arc<Core>, spec: SandboxSpec, key: Option<&str>) -> Result<SandboxRecord, CreateError> {
+    if core.is_closing() {
+        return Err(CreateError::ShuttingDown);
+    }
+    if let Some(key) = key
+        && let Some(earlier) = replay(core, key, &spec).await?
+    {
+        return earlier_one(core, earlier).await;
+    }
+    let build = ready_build(core, &spec).await?;
+    let place = core.places.take()?;
+    let record = new_record(core, spec, 1);
+    match reserve(core, &record, key).await? {
+        Reserved::New => run_to_ready(core, record, Origin::Build(Box::new(build)), place).await,
+        Reserved::Replay(earlier) => earlier_one(core, earlier).await,
+        Reserved::Conflict => Err(CreateError::IdempotencyConflict { key: key.unwrap_or_default().to_owned() }),
+    }
+}
+
+/// A sandbox as a copy of another; `source` is held until it runs.
+pub(super) async fn create_copy(core: &Arc<Core>, spec: SandboxSpec, source: Arc<super::copy::CopySource>) -> Result<SandboxRecord, CreateError> {
+    if core.is_closing() {
+        return Err(CreateError::ShuttingDown);
+    }
+    let place = core.places.take()?;
+    let mut record = new_record(core, spec, source.generation + 1);
+    record.boot_id.clone_from(&source.boot_id);
+    reserve(core, &record, None).await?;
+    run_to_ready(core, record, Origin::Copy(source), place).await
+}
+
+async fn run_to_ready(core: &Arc<Core>, record: SandboxRecord, origin: Origin, place: Place) -> Result<SandboxRecord, CreateError> {
+    let (id, (reply, answer)) = (record.id, oneshot::channel());
+    Driver::spawn_new(core, record, origin, place, reply);
+    answer.await.unwrap_or(Err(CreateError::Killed(id)))
+}
+
+fn new_record(core: &Core, spec: SandboxSpec, generation: u64) -> SandboxRecord {
+    let now = core.clock.now();
+    SandboxRecord {
+        id: SandboxId::random(),
+        state: SandboxState::Creating,
+        created_at: now,
+        started_at: now,
+        end_at: now + spec.lifecycle.timeout,
+        spec,
+        kernel: None,
+        control_secret: random_secret(),
+        next_control_secret: Some(random_secret()),
+        generation,
+        paused: None,
+        snapshot: None,
+        end_reason: None,
+        ended_at: None,
+        boot_id: random_boot_id(),
+    }
+}
+
+async fn ready_build(core: &Core, spec: &SandboxSpec) -> Result<BuildRecord, CreateError> {
+    let (template, id) = (spec.template, spec.build);
+    let build = core.store.read(move |db| templates::build(db, id)).await.map_err(StoreFailure::from)?;
+    let state = match build {
+        Some(build) if build.state == BuildState::Ready => return Ok(build),
+        Some(build) => match build.state {
+            BuildState::Waiting => "waiting",
+            BuildState::Building => "building",
+            BuildState::Ready | BuildState::Error => "failed",
+        },
+        None => "gone",
+    };
+    Err(CreateError::NotReady { template, build: id, state })
+}
+
+fn request_hash(spec: &SandboxSpec) -> String {
+    let text = serde_json::to_vec(spec).expect("the model's types are plain data with text keys");
+    hex::encode(Sha256::digest(text))
+}
+
+async fn replay(core: &Core, key: &str, spec: &SandboxSpec) -> Result<Option<SandboxId>, CreateError> {
+    let asked = key.to_owned();
+    match core.store.read(move |db| idempotency::seen(db, &asked)).await.map_err(StoreFailure::from)? {
+        None => Ok(None),
+        Some(seen) if seen.request_hash == request_hash(spec) => Ok(Some(seen.sandbox)),
+        Some(_) => Err(CreateError::IdempotencyConflict { key: key.to_owned() }),
+    }
+}
+
+/// Writes the first row. Two requests with one key meet here: the store has one writer.
+async fn reserve(core: &Core, record: &SandboxRecord, key: Option<&str>) -> Result<Reserved, StoreFailure> {
+    let (record, key) = (record.clone(), key.map(ToOwned::to_owned));
+    let written = core.store.write(move |db| insert_unless_seen(db, &record, key.as_deref()));
+    Ok(written.await?)
+}
+
+fn insert_unless_seen(db: &Db<'_>, record: &SandboxRecord, key: Option<&str>) -> Result<Reserved, StoreError> {
+    if let Some(key) = key
+        && let Some(seen) = idempotency::seen(db, key)?
+    {
+        let is_same = seen.request_hash == request_hash(&record.spec);
+        return Ok(if is_same { Reserved::Replay(seen.sandbox) } else { Reserved::Conflict });
+    }
+    sandboxes::insert(db, record)?;
+    templates::count_spawn(db, record.spec.template, record.created_at)?;
+    if let Some(key) = key {
+        idempotency::remember(db, key, &request_hash(&record.spec), record.id, record.created_at)?;
+    }
+    Ok(Reserved::New)
+}
+
+/// The sandbox that the first request with this key made, once it is ready.
+async fn earlier_one(core: &Core, id: SandboxId) -> Result<SandboxRecord, CreateError> {
+    if let Some(mut handle) = core.handle(id)
+        && let Ok(view) = handle.view.wait_for(|view| view.record.state != SandboxState::Creating).await
+        && view.record.state.is_live()
+    {
+        return Ok(view.record.as_ref().clone());
+    }
+    Err(CreateError::Killed(id))
+}
+
+/// What a driver needs to read before it can decide.
+async fn dump_of(core: &Core, build: &BuildRecord) -> Result<Option<SnapshotRecord>, StartError> {
+    let Some(dump) = build.dump else { return Ok(None) };
+    let row = core.store.read(move |db| snapshots::by_id(db, dump)).await.unwrap_or_else(|error| {
+        tracing::warn!(build = %build.id, error = chain(&error), "Could not read the dump of build {}", build.id);
+        None
+    });
+    usable_dump(core, build, row)
+}
+
+impl Driver {
+    /// The first verb of a new sandbox.
+    pub(super) async fn start(&mut self, origin: Origin, place: Place) -> Result<(), CreateError> {
+        self.core.failpoints.pass("create.intended").await;
+        let begun = std::time::Instant::now();
+        match self.start_from(origin).await {
+            Ok(ready) => self.go_live(ready, place, begun.elapsed()).await,
+            Err(error) => Err(self.undo_create(error).await),
+        }
+    }
+
+    async fn start_from(&mut self, origin: Origin) -> Result<Ready, StartError> {
+        match origin {
+            Origin::Copy(source) => {
+                let prepared = Prepared::from_copy(&self.core, &self.record, &source);
+                self.start_prepared(prepared).await
+            }
+            Origin::Build(build) => self.start_from_build(*build).await,
+        }
+    }
+
+    async fn start_from_build(&mut self, build: BuildRecord) -> Result<Ready, StartError> {
+        let dump = dump_of(&self.core, &build).await?;
+        let prepared = Prepared::from_build(&self.core, &self.record, &build, dump.as_ref());
+        self.start_prepared(prepared).await
+    }
+
+    async fn start_prepared(&mut self, prepared: Prepared) -> Result<Ready, StartError> {
+        let core = Arc::clone(&self.core);
+        let started = self.serve_during(prepared.start(Arc::clone(&core))).await?;
+        self.record.kernel = Some(started.kernel.clone());
+        core.failpoints.pass("create.started").await;
+        let introduced = self.serve_until_killed(started.introduce(core, self.id)).await;
+        introduced.unwrap_or(Err(StartError::Killed))
+    }
+
+    async fn go_live(&mut self, ready: Ready, place: Place, took: std::time::Duration) -> Result<(), CreateError> {
+        self.core.failpoints.pass("create.initialised").await;
+        self.record.state = SandboxState::Running;
+        (self.record.control_secret, self.record.next_control_secret) = (ready.control_secret, None);
+        if let Err(error) = self.write_row().await {
+            let _the_store_is_the_story = self.undo_create(StartError::Killed).await;
+            return Err(StoreFailure::from(error).into());
+        }
+        self.open_run(place).await;
+        tracing::info!(sandbox.id = %self.id, took_ms = took.as_millis(), "Created sandbox {}", self.id);
+        Ok(())
+    }
+
+    /// Nothing of it is left but a row with the reason; its idempotency key may be used again.
+    async fn undo_create(&mut self, error: StartError) -> CreateError {
+        let (id, detail) = (self.id, chain(&error));
+        tracing::warn!(sandbox.id = %id, error = detail, "Could not create sandbox {id}");
+        self.log_line(LogLevel::Error, format!("sandbox could not be created: {detail}"));
+        self.destroy().await;
+        self.record.state = SandboxState::Failed;
+        (self.record.kernel, self.record.ended_at) = (None, Some(self.core.clock.now()));
+        self.record.end_reason = Some(self.kill_reason.clone().unwrap_or(EndReason::CreateFailed { detail }));
+        self.publish();
+        let record = self.record.clone();
+        let written = self.core.store.write(move |db| {
+            sandboxes::update(db, &record)?;
+            idempotency::forget(db, record.id)
+        });
+        if let Err(error) = written.await {
+            tracing::error!(sandbox.id = %id, error = chain(&error), "Could not record that sandbox {id} failed");
+        }
+        match error {
+            StartError::Killed => CreateError::Killed(id),
+            StartError::Runtime(_) | StartError::Agent(_) | StartError::Ended(_) | StartError::Misfit(_) => {
+                CreateError::Start { id, source: Box::new(error) }
+            }
+        }
+    }
+}

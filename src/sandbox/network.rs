@@ -1,0 +1,50 @@
+//! Replacing the egress half of a running sandbox's network policy.
+
+use super::driver::Driver;
+use super::error::{StoreFailure, UnknownSandbox};
+use crate::model::{NetworkPolicy, SandboxId, SandboxState};
+
+/// Why egress rules were not replaced.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// Not there.
+    #[error(transparent)]
+    Unknown(#[from] UnknownSandbox),
+    /// There, but not running.
+    #[error("sandbox {id} is {state}; only a running sandbox's network can be changed")]
+    NotRunning {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where it stands.
+        state: SandboxState,
+    },
+    /// The kernel refused; the rules are as they were.
+    #[error("could not change the network of sandbox {id}")]
+    Apply {
+        /// The sandbox.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreFailure),
+}
+
+impl Driver {
+    /// The kernel first, then the row: a crash in between leaves rules that the next server replaces by the row's,
+    /// which the caller was never told to be gone.
+    pub(super) async fn set_network(&mut self, asked: NetworkPolicy) -> Result<(), NetworkError> {
+        let now = &self.record.spec.network;
+        let policy = NetworkPolicy { public_traffic: now.public_traffic, mask_request_host: now.mask_request_host.clone(), ..asked };
+        let (runtime, id) = (std::sync::Arc::clone(&self.core.runtime), self.id);
+        let applied = self.serve_during(runtime.set_network(id, &policy)).await;
+        applied.map_err(|error| NetworkError::Apply { id, source: Box::new(error) })?;
+        self.core.failpoints.pass("network.applied").await;
+        self.record.spec.network = policy;
+        self.write_row().await.map_err(StoreFailure::from)?;
+        self.publish();
+        Ok(())
+    }
+}

@@ -1,0 +1,268 @@
+//! resume: a paused sandbox gets its processes back, from its dump or by a cold boot of its files.
+//!
+//! ```text
+//!  place ──> row resuming ──> start ──> row running, init open ──> init ──> running
+//!      any failure: stopped, row paused, the dump intact
+//! ```
+//! Once there are processes, the row names them and both secrets that the agent may know: the next server adopts them
+//! and sends /init again. The dump stays until the init is confirmed and nothing reads the images any more.
+
+use super::driver::Driver;
+use super::dump_folder::DumpFolder;
+use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
+use super::places::{Full, Place};
+use super::start::{Prepared, Ready, StartError, Started, random_boot_id, random_secret};
+use crate::model::{BuildRecord, Fit, OnTimeout, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
+use crate::runtime::DiskSource;
+use crate::store::{StoreError, sandboxes, snapshots, templates};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why a sandbox is not running after connect or resume.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Not there.
+    #[error(transparent)]
+    Unknown(#[from] UnknownSandbox),
+    /// A resume that insists on a paused one met a running one (E2B's old `/resume`).
+    #[error("sandbox {0} is already running")]
+    AlreadyRunning(SandboxId),
+    /// Longer than allowed.
+    #[error("timeout {asked:?} is longer than {limit:?} (sandbox.timeout_max)")]
+    TooLong {
+        /// What was asked.
+        asked: Duration,
+        /// The bound.
+        limit: Duration,
+    },
+    /// All places are taken.
+    #[error("{running} sandboxes are running, the limit is {limit}; kill some or raise sandbox.running_max")]
+    TooMany {
+        /// Running now.
+        running: u32,
+        /// The bound.
+        limit: u32,
+    },
+    /// Too many verbs wait for it already.
+    #[error("sandbox {id} is {state} and busy; try again")]
+    InTransition {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where it stands.
+        state: SandboxState,
+    },
+    /// The restore failed; it is still paused, its snapshot intact.
+    #[error("could not resume sandbox {id}; it stays paused and can be tried again")]
+    Restore {
+        /// The sandbox.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreFailure),
+}
+
+/// What connect did.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Connected {
+    /// It ran already; its end may have been extended.
+    WasRunning(Box<SandboxRecord>),
+    /// It was paused and was restored or booted.
+    Resumed(Box<SandboxRecord>),
+}
+
+/// What a resume is asked to bring about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ResumeAsk {
+    /// Its end is now + this.
+    pub(super) timeout: Duration,
+    /// Replaces the lifecycle's when given.
+    pub(super) on_timeout: Option<OnTimeout>,
+}
+
+/// Why a resume failed; answers everybody who waits. It stays paused.
+#[derive(Debug, Clone)]
+pub(super) enum ResumeFailure {
+    Gone,
+    TooMany(Full),
+    Restore(Cause),
+    Store(Cause),
+}
+
+impl ResumeFailure {
+    pub(super) fn error(&self, id: SandboxId) -> ConnectError {
+        match self {
+            Self::Gone => UnknownSandbox(id).into(),
+            Self::TooMany(full) => ConnectError::TooMany { running: full.running, limit: full.limit },
+            Self::Restore(cause) => ConnectError::Restore { id, source: Box::new(Arc::clone(cause)) },
+            Self::Store(cause) => StoreFailure(Box::new(Arc::clone(cause))).into(),
+        }
+    }
+}
+
+impl From<Full> for ResumeFailure {
+    fn from(full: Full) -> Self {
+        Self::TooMany(full)
+    }
+}
+
+impl From<StartError> for ResumeFailure {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Killed => Self::Gone,
+            other @ (StartError::Runtime(_) | StartError::Agent(_) | StartError::Ended(_) | StartError::Misfit(_)) => Self::Restore(Arc::new(other)),
+        }
+    }
+}
+
+impl From<StoreError> for ResumeFailure {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Arc::new(error))
+    }
+}
+
+/// The build is gone although a sandbox was made from it.
+#[derive(Debug, thiserror::Error)]
+#[error("build {0} of the sandbox is gone")]
+struct BuildGone(crate::model::BuildId);
+
+/// The row says that there is a dump, and there is none.
+#[derive(Debug, thiserror::Error)]
+#[error("dump {0} of the sandbox is gone")]
+struct DumpGone(SnapshotId);
+
+impl Driver {
+    /// Gives it processes and opens it to requests; a failure leaves it paused.
+    pub(super) async fn resume(&mut self, ask: &ResumeAsk) -> Result<(), ResumeFailure> {
+        let begun = std::time::Instant::now();
+        let place = self.core.places.take()?;
+        let before = self.record.clone();
+        match self.resume_into(ask, place).await {
+            Ok(()) => {
+                tracing::info!(sandbox.id = %self.id, took_ms = begun.elapsed().as_millis(), "Resumed sandbox {}", self.id);
+                Ok(())
+            }
+            Err(failure) => {
+                self.stay_paused(before, &failure).await;
+                Err(failure)
+            }
+        }
+    }
+
+    async fn resume_into(&mut self, ask: &ResumeAsk, place: Place) -> Result<(), ResumeFailure> {
+        let build = self.build().await?;
+        let dump = self.own_dump().await?;
+        self.enter_resuming(ask, dump.is_none()).await?;
+        let prepared = match &dump {
+            Some(dump) => Prepared::from_dump(&self.core, &self.record, &build, DiskSource::Own, dump),
+            None => Prepared::cold(&self.core, &self.record, &build, DiskSource::Own),
+        };
+        let core = Arc::clone(&self.core);
+        let started = self.serve_during(prepared.start(Arc::clone(&core))).await?;
+        core.failpoints.pass("resume.started").await;
+        let ready = self.introduce(started).await?;
+        core.failpoints.pass("resume.initialised").await;
+        self.enter_running(ready, place).await;
+        Ok(())
+    }
+
+    async fn build(&self) -> Result<BuildRecord, ResumeFailure> {
+        let id = self.record.spec.build;
+        let build = self.core.store.read(move |db| templates::build(db, id)).await?;
+        build.ok_or_else(|| ResumeFailure::Restore(Arc::new(BuildGone(id))))
+    }
+
+    /// The dump that it was paused into, if memory was kept. Refused when it cannot work here.
+    async fn own_dump(&self) -> Result<Option<SnapshotRecord>, ResumeFailure> {
+        let Some(id) = self.record.snapshot else { return Ok(None) };
+        let dump = self.core.store.read(move |db| snapshots::by_id(db, id)).await?;
+        let dump = dump.ok_or_else(|| ResumeFailure::Restore(Arc::new(DumpGone(id))))?;
+        match dump.key.fit(&self.core.runtime.dump_key()) {
+            Fit::Same | Fit::Likely { .. } => Ok(Some(dump)),
+            Fit::Impossible { reason } => Err(StartError::Misfit(reason).into()),
+        }
+    }
+
+    async fn enter_resuming(&mut self, ask: &ResumeAsk, is_cold: bool) -> Result<(), ResumeFailure> {
+        let record = &mut self.record;
+        record.state = SandboxState::Resuming;
+        record.next_control_secret = Some(random_secret());
+        record.generation += 1;
+        if is_cold {
+            (record.control_secret, record.boot_id) = (random_secret(), random_boot_id());
+        }
+        if let Some(on_timeout) = ask.on_timeout {
+            record.spec.lifecycle.on_timeout = on_timeout;
+        }
+        let now = self.core.clock.now();
+        (self.record.started_at, self.record.end_at) = (now, now + ask.timeout);
+        if is_cold {
+            // A new agent counts its log lines from the beginning.
+            self.core.store.keep_logs(self.id.to_string(), Vec::new(), Some(0));
+        }
+        self.write_row().await?;
+        self.publish();
+        self.core.failpoints.pass("resume.intended").await;
+        Ok(())
+    }
+
+    /// Row and /init side by side: the row's fsync is not on the caller's path twice.
+    async fn introduce(&mut self, started: Started) -> Result<Ready, ResumeFailure> {
+        let row = SandboxRecord { state: SandboxState::Running, kernel: Some(started.kernel.clone()), ..self.record.clone() };
+        self.record.kernel = Some(started.kernel.clone());
+        let (core, id) = (Arc::clone(&self.core), self.id);
+        let both = async {
+            let written = core.store.write(move |db| sandboxes::update(db, &row));
+            tokio::join!(written, started.introduce(Arc::clone(&core), id))
+        };
+        match self.serve_until_killed(both).await {
+            None => Err(ResumeFailure::Gone),
+            Some((written, ready)) => {
+                written?;
+                Ok(ready?)
+            }
+        }
+    }
+
+    async fn enter_running(&mut self, ready: Ready, place: Place) {
+        let snapshot = self.record.snapshot.take();
+        self.record.state = SandboxState::Running;
+        self.record.paused = None;
+        (self.record.control_secret, self.record.next_control_secret) = (ready.control_secret, None);
+        let record = self.record.clone();
+        // Not awaited: until it is written, the row's two secrets and its dump still describe a sandbox to take over.
+        self.core.store.write_later(move |db| {
+            sandboxes::update(db, &record)?;
+            snapshot.map_or(Ok(()), |id| snapshots::remove(db, id))
+        });
+        self.open_run(place).await;
+        if let Some(id) = snapshot {
+            let core = Arc::clone(&self.core);
+            let sandbox = self.id;
+            self.core.spawn(async move {
+                core.runtime.images_released(sandbox).await;
+                DumpFolder::of(&core, id).remove().await;
+            });
+        }
+    }
+
+    /// What runs of it is ended, and the row says paused again; generation and secrets of the attempt are used up.
+    async fn stay_paused(&mut self, before: SandboxRecord, failure: &ResumeFailure) {
+        tracing::warn!(sandbox.id = %self.id, failure = ?failure, "Could not resume sandbox {}; it stays paused", self.id);
+        if self.record.state == SandboxState::Paused {
+            return;
+        }
+        let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
+        if let Err(error) = self.serve_during(runtime.stop(id)).await {
+            tracing::error!(sandbox.id = %self.id, error = chain(&error), "Could not stop a half-resumed sandbox {}", self.id);
+        }
+        self.record = SandboxRecord { generation: self.record.generation, ..before };
+        if let Err(error) = self.write_row().await {
+            tracing::error!(sandbox.id = %self.id, error = chain(&error), "Could not record that sandbox {} stays paused", self.id);
+        }
+        self.publish();
+    }
+}

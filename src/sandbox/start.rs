@@ -1,0 +1,201 @@
+//! Giving a sandbox processes: the chain that create, resume and fork share.
+//!
+//! [`Prepared`] (everything decided) -> [`Started`] (pid 1 exists) -> [`Ready`] (the agent knows whose it is). Each
+//! consumes the one before; what a failure leaves is said at each step.
+
+use super::agent::{self, AgentError};
+use super::copy::CopySource;
+use super::core::Core;
+use super::dump_folder::DumpFolder;
+use super::tokens::TokenKind;
+use crate::model::{BuildRecord, BuildSource, Fit, KernelRef, SandboxRecord, Secure, SnapshotRecord};
+use crate::runtime::{DiskSource, RuntimeError, StartFrom, StartRequest};
+use base64::Engine;
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+use stillbox_agent::wire;
+
+/// What a new sandbox is made from.
+#[derive(Debug)]
+pub(super) enum Origin {
+    /// A build: its dump, or a cold start.
+    Build(Box<BuildRecord>),
+    /// Another sandbox, dumped or held still.
+    Copy(Arc<CopySource>),
+}
+
+/// Why a sandbox has no processes.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    /// The kernel side failed; nothing is left but an `Own` disk.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// It has processes, but the agent was not initialised; the caller stops them.
+    #[error("the agent did not become ready")]
+    Agent(#[from] AgentError),
+    /// Its pid 1 ended before it was ready; the caller stops what is left.
+    #[error("the agent ended before it was ready: {0}")]
+    Ended(String),
+    /// The dump cannot be restored on this machine.
+    #[error("its dump cannot be restored here: {0}")]
+    Misfit(String),
+    /// A kill was accepted meanwhile; the caller stops what is left.
+    #[error("it was killed meanwhile")]
+    Killed,
+}
+
+/// Everything decided, nothing done.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    request: StartRequest,
+    init: wire::InitRequest,
+    /// What the agent knows when it comes up.
+    secret: String,
+}
+
+/// Pid 1 exists; nobody has told it whose it is.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) kernel: KernelRef,
+    init: wire::InitRequest,
+    secret: String,
+}
+
+/// The agent knows whose it is, and `control_secret` is the one it will want next.
+#[derive(Debug)]
+pub(super) struct Ready {
+    pub(super) control_secret: String,
+}
+
+/// 64 hex characters from the kernel's generator.
+pub(super) fn random_secret() -> String {
+    hex::encode(random_bytes::<{ wire::CONTROL_SECRET_LEN / 2 }>())
+}
+
+/// A boot id as the kernel would make one.
+pub(super) fn random_boot_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0u8; N];
+    getrandom::fill(&mut bytes).expect("the kernel's random generator always answers on Linux >= 5.19");
+    bytes
+}
+
+/// Whether creating from this build restores a dump: one that fits, or the only thing that a stored snapshot is.
+pub(super) fn usable_dump(core: &Core, build: &BuildRecord, dump: Option<SnapshotRecord>) -> Result<Option<SnapshotRecord>, StartError> {
+    let Some(dump) = dump else { return Ok(None) };
+    match (dump.key.fit(&core.runtime.dump_key()), build.source) {
+        (Fit::Same, _) | (Fit::Likely { .. }, BuildSource::Sandbox(_)) => Ok(Some(dump)),
+        (Fit::Likely { .. } | Fit::Impossible { .. }, BuildSource::Recipe) => Ok(None),
+        (Fit::Impossible { reason }, BuildSource::Sandbox(_)) => Err(StartError::Misfit(reason)),
+    }
+}
+
+impl Prepared {
+    /// libcontainer starts the agent; `record.control_secret` is the secret that it is given.
+    pub(super) fn cold(core: &Core, record: &SandboxRecord, build: &BuildRecord, disk: DiskSource) -> Self {
+        let from = StartFrom::Cold { control_secret: record.control_secret.clone() };
+        Self::new(core, record, build, disk, from, record.control_secret.clone())
+    }
+
+    /// CRIU restores the dump.
+    pub(super) fn from_dump(core: &Core, record: &SandboxRecord, build: &BuildRecord, disk: DiskSource, dump: &SnapshotRecord) -> Self {
+        let images = DumpFolder::of(core, dump.id).images();
+        let from = StartFrom::Dump { images, criu: dump.key.criu.clone(), agent: dump.key.agent.clone() };
+        Self::new(core, record, build, disk, from, dump.control_secret.clone())
+    }
+
+    /// A new sandbox from a build.
+    pub(super) fn from_build(core: &Core, record: &SandboxRecord, build: &BuildRecord, dump: Option<&SnapshotRecord>) -> Self {
+        match dump {
+            None => Self::cold(core, record, build, DiskSource::Fresh),
+            Some(dump) => {
+                let disk = DiskSource::CopyOf(DumpFolder::of(core, dump.id).disk());
+                Self::from_dump(core, record, build, disk, dump)
+            }
+        }
+    }
+
+    /// A new sandbox as the copy of another.
+    pub(super) fn from_copy(core: &Core, record: &SandboxRecord, source: &CopySource) -> Self {
+        let disk = DiskSource::CopyOf(source.disk.clone());
+        match &source.dump {
+            Some(dump) => Self::from_dump(core, record, &source.build, disk, dump),
+            None => Self::cold(core, record, &source.build, disk),
+        }
+    }
+
+    fn new(core: &Core, record: &SandboxRecord, build: &BuildRecord, disk: DiskSource, from: StartFrom, secret: String) -> Self {
+        let request = StartRequest {
+            id: record.id,
+            layers: build.layers.clone(),
+            disk,
+            resources: record.spec.resources,
+            network: record.spec.network.clone(),
+            from,
+        };
+        Self { request, init: introduction(core, record, build), secret }
+    }
+
+    /// Whether a dump is restored.
+    pub(super) fn is_restore(&self) -> bool {
+        matches!(self.request.from, StartFrom::Dump { .. })
+    }
+
+    /// Runs to its end whatever happens; on failure nothing is left but an `Own` disk.
+    pub(super) async fn start(self, core: Arc<Core>) -> Result<Started, StartError> {
+        let kernel = core.runtime.start(self.request).await?;
+        Ok(Started { kernel, init: self.init, secret: self.secret })
+    }
+}
+
+impl Started {
+    /// Of a sandbox that an earlier server started and did not see ready: the agent may know either secret.
+    pub(super) fn again(core: &Core, record: &SandboxRecord, build: &BuildRecord, kernel: KernelRef) -> Self {
+        Self { kernel, init: introduction(core, record, build), secret: record.control_secret.clone() }
+    }
+
+    /// Tells the agent whose it is. May be dropped: a repetition succeeds.
+    pub(super) async fn introduce(self, core: Arc<Core>, id: crate::model::SandboxId) -> Result<Ready, StartError> {
+        let secrets = [self.secret.as_str(), self.init.control_secret.as_str()];
+        tokio::select! {
+            biased;
+            // Cancel-safe: an init may be repeated, an exit is met again.
+            held = agent::init(&core.runtime, id, secrets, &self.init, core.config.agent_ready_max) => held?,
+            exit = core.runtime.exited(id) => return Err(StartError::Ended(exit.detail)),
+        }
+        Ok(Ready { control_secret: self.init.control_secret })
+    }
+}
+
+/// Everything that names one sandbox. `record.next_control_secret` is in the row already.
+fn introduction(core: &Core, record: &SandboxRecord, build: &BuildRecord) -> wire::InitRequest {
+    let (id, spec) = (record.id, &record.spec);
+    let hostname = id.to_string();
+    wire::InitRequest {
+        control_secret: record.next_control_secret.clone().unwrap_or_else(random_secret),
+        sandbox_id: id.to_string(),
+        template_id: spec.template.to_string(),
+        access_token: match spec.secure {
+            Secure::Token => Some(core.key.token(TokenKind::EnvdAccess, id)),
+            Secure::Open => None,
+        },
+        env_vars: spec.env.clone(),
+        template_env: build.env.clone(),
+        default_user: build.user.clone(),
+        default_workdir: build.workdir.clone(),
+        machine_id: hex::encode(&Sha256::digest(format!("stillbox machine-id {id}"))[..16]),
+        boot_id: record.boot_id.clone(),
+        hosts: format!("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 {hostname}\n"),
+        resolv_conf: core.config.nameservers.iter().map(|server| format!("nameserver {server}\n")).collect(),
+        ca_bundle_pem: None,
+        hostname,
+        generation: record.generation,
+        entropy: base64::engine::general_purpose::STANDARD.encode(random_bytes::<32>()),
+        cpu_count: Some(spec.resources.cpu_count),
+        memory_bytes: Some(spec.resources.memory.bytes()),
+        events_address: None,
+    }
+}
