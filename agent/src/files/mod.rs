@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Body;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::header::{
     ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, IF_MATCH, IF_MODIFIED_SINCE,
@@ -67,9 +68,10 @@ struct Parameters {
 
 async fn read(
     State(agent): State<Arc<Agent>>,
-    Query(parameters): Query<Parameters>,
+    parameters: Result<Query<Parameters>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, HttpError> {
+    let Query(parameters) = parameters.map_err(malformed)?;
     let identity = agent.identity();
     allow(&identity, &headers, &parameters, Operation::Read)?;
     let user = auth::user_or(&identity, &headers, parameters.username.as_deref())?;
@@ -82,10 +84,11 @@ async fn read(
 
 async fn write(
     State(agent): State<Arc<Agent>>,
-    Query(parameters): Query<Parameters>,
+    parameters: Result<Query<Parameters>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Vec<Written>>, HttpError> {
+    let Query(parameters) = parameters.map_err(malformed)?;
     let identity = agent.identity();
     allow(&identity, &headers, &parameters, Operation::Write)?;
     let upload = Upload {
@@ -115,6 +118,10 @@ async fn join(
     let user = auth::user_or(&identity, &headers, request.username.as_deref())?;
     let compose = Compose::resolve(&request, &user, &identity.default_workdir)?;
     Ok(Json(blocking(move || compose.run(&|| agent.watchers.settle())).await??))
+}
+
+fn malformed(rejection: QueryRejection) -> HttpError {
+    HttpError::bad_request(rejection.body_text())
 }
 
 /// The routes' own rule: the token in the header, or a signature that somebody with the token made.

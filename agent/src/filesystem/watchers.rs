@@ -192,12 +192,7 @@ impl Shared {
         }
         let Queue { watch, changes, .. } = &mut *queue;
         let mut describe = Describe { root: watch.root().to_owned(), entries: self.entries, names: None };
-        let read = watch.read(&mut |event| {
-            // One more than there may be is enough to tell.
-            if changes.len() <= CHANGES_MAX {
-                changes.push_back(describe.change(event));
-            }
-        });
+        let read = watch.read(&mut |event| push(changes, describe.change(event)));
         let failed = match read {
             Err(error) => Some(error.into()),
             Ok(()) => (changes.len() > CHANGES_MAX).then_some(WatcherError::Overflow),
@@ -222,6 +217,17 @@ impl Shared {
             Some(error) => Err(error.clone()),
             None => Ok(std::mem::take(&mut queue.changes).into()),
         }
+    }
+}
+
+fn push(changes: &mut VecDeque<Change>, change: Change) {
+    // The kernel merges equal neighbours too, but only until our pump has taken the first one.
+    if changes.back().is_some_and(|last| last.name == change.name && last.kind == change.kind) {
+        changes.pop_back();
+    }
+    // One more than there may be is enough to tell that there were too many.
+    if changes.len() <= CHANGES_MAX {
+        changes.push_back(change);
     }
 }
 
