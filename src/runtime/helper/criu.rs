@@ -29,6 +29,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use place::Seat;
 use swrk::{Swrk, Verb};
 
 /// CRIU's own bound on collecting and freezing the tasks: the sandbox stands still for at most this long before a
@@ -152,7 +153,7 @@ pub(crate) fn dump(
     request.ghost_limit = Some(GHOST_BYTES_MAX);
     request.timeout = Some(FREEZE_TIMEOUT_S);
 
-    let mut swrk = Swrk::start(options.criu, Verb::Dump, options.work, options.deadline)?;
+    let mut swrk = Swrk::start(options.criu, Verb::Dump, options.work, &Seat::Here, options.deadline)?;
     let mut frozen_at = None;
     swrk.run(request, |moment, _pid| match moment {
         "pre-dump" => {
@@ -178,7 +179,7 @@ pub(crate) struct RestoreOptions<'a> {
     pub(crate) root: &'a Path,
     /// First host uid and gid of the sandbox's range, whatever it was at the dump.
     pub(crate) uid_base: u32,
-    /// The sandbox's fresh cgroups: one folder on v2, one per controller on v1 (not its v2 tree, which has none).
+    /// The sandbox's fresh cgroups: one folder on v2, one per hierarchy on v1.
     pub(crate) cgroups: &'a [PathBuf],
     /// Whether memory is read before or after the tasks run.
     pub(crate) memory: Memory<'a>,
@@ -208,7 +209,7 @@ pub(crate) struct Restored {
     pub(crate) reset_connections: usize,
 }
 
-/// Restores the tree into its cgroups and moves this process there; the cgroup namespace is rooted in them.
+/// Restores the tree into its cgroups, with a cgroup namespace rooted in them. On v1 this process moves there too.
 ///
 /// `set_up_netns` gets the new network namespace, which has lo up and nothing else, and init's pid: link, the address
 /// of the dump, route and sysctls are made here (a missing address fails the restore of a connection, a missing
@@ -230,9 +231,9 @@ pub(crate) fn restore(
         // Before this process moves: what is read from the images must not be charged to the sandbox.
         Memory::Lazily { executable } => Some(lazy::spawn(executable, options.criu, options.work)?),
     };
-    place::join_cgroups(options.cgroups)?;
+    let seat = place::seat_in(options.cgroups)?;
 
-    let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, options.deadline)?;
+    let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, &seat, options.deadline)?;
     let mut netns = None;
     let mut reset_connections = 0;
     let response = swrk.run(request, |moment, pid| match moment {

@@ -3,6 +3,7 @@
 use crate::sys::netns::bring_loopback_up;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -79,22 +80,51 @@ impl Drop for ProbeNotes {
     }
 }
 
-/// Moves this process into the sandbox's fresh cgroups and makes them the root of a new cgroup namespace: what CRIU
-/// restores from here lives there, is charged there and sees nothing above. One folder on v2, one per controller on v1.
-pub(super) fn join_cgroups(cgroups: &[PathBuf]) -> Result<(), PlaceError> {
-    for path in cgroups {
-        join(path).map_err(|source| PlaceError::Cgroup { path: path.clone(), source })?;
-    }
-    unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| PlaceError::CgroupNamespace(errno.into()))
+/// Where CRIU is started.
+#[derive(Debug)]
+pub(super) enum Seat {
+    /// As any child of this process.
+    Here,
+    /// As a child born in this cgroup v2 folder.
+    Cgroup(File),
 }
 
-/// "0" is the writer, whatever pid namespace it is in. On v1 its thread alone moves, and there is no other: the
-/// kernel then does without its global lock, which costs an RCU grace period (3-20 ms for six controllers). v2 has no
-/// such file for a move between domains.
-pub(in crate::runtime::helper) fn join(cgroup: &Path) -> io::Result<()> {
-    match std::fs::OpenOptions::new().write(true).open(cgroup.join("tasks")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => std::fs::write(cgroup.join("cgroup.procs"), "0"),
+/// Makes the sandbox's fresh cgroups the home of what CRIU restores: charged there, and, as the root of a cgroup
+/// namespace, all it sees.
+///
+/// On v1 this process moves there itself. A single thread that moves alone, by `tasks`, spares the RCU grace period
+/// that the kernel's lock costs otherwise (3-20 ms); the v2 tree beside v1 ones has no such file and no limits, so it is
+/// left out. On v2 CRIU is born there, for the same reason.
+pub(super) fn seat_in(cgroups: &[PathBuf]) -> Result<Seat, PlaceError> {
+    let mut moved = false;
+    for path in cgroups {
+        moved |= move_thread(path).map_err(|source| PlaceError::Cgroup { path: path.clone(), source })?;
+    }
+    match (moved, cgroups) {
+        (true, _) | (false, []) => {
+            unshare(CloneFlags::CLONE_NEWCGROUP).map_err(|errno| PlaceError::CgroupNamespace(errno.into()))?;
+            Ok(Seat::Here)
+        }
+        (false, [path, ..]) => {
+            let folder = File::open(path).map_err(|source| PlaceError::Cgroup { path: path.clone(), source })?;
+            Ok(Seat::Cgroup(folder))
+        }
+    }
+}
+
+/// Whether there was a `tasks` file to move by. "0" is the writer, whatever pid namespace it is in.
+fn move_thread(cgroup: &Path) -> io::Result<bool> {
+    match OpenOptions::new().write(true).open(cgroup.join("tasks")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
-        Ok(mut tasks) => tasks.write_all(b"0"),
+        Ok(mut tasks) => tasks.write_all(b"0").map(|()| true),
+    }
+}
+
+/// Moves this process into one cgroup of a hierarchy of either version.
+pub(in crate::runtime::helper) fn join(cgroup: &Path) -> io::Result<()> {
+    match move_thread(cgroup)? {
+        true => Ok(()),
+        false => std::fs::write(cgroup.join("cgroup.procs"), "0"),
     }
 }

@@ -5,15 +5,20 @@
 
 use super::failure::reason_in_log;
 use super::{CriuError, HookError};
-use crate::sys::command::die_with_parent;
+use super::place::Seat;
+use crate::sys::command::{die_with_parent, spawn_in_cgroup};
+use crate::sys::process;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use protobuf::{Message, MessageField};
 use rust_criu::rust_criu_protobuf::rpc;
+use std::ffi::{CStr, CString};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// CRIU's messages are some hundred bytes; one that fills this was cut.
@@ -52,7 +57,7 @@ impl Verb {
 /// A running `criu swrk`. Dropped, it is killed if it still runs, and reaped.
 #[derive(Debug)]
 pub(super) struct Swrk {
-    child: Child,
+    process: OwnedFd,
     socket: OwnedFd,
     verb: Verb,
     log: PathBuf,
@@ -63,21 +68,11 @@ pub(super) struct Swrk {
 impl Swrk {
     /// Starts CRIU as a child that dies with this process. The folders of a request are opened by this process:
     /// CRIU reads them through /proc/PID/fd of the socket's maker.
-    pub(super) fn start(criu: &Path, verb: Verb, work: &Path, deadline: Duration) -> Result<Swrk, CriuError> {
-        let spawn_error = |source: std::io::Error| CriuError::Spawn { path: criu.to_owned(), source };
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(|errno| spawn_error(errno.into()))?;
-        // The helper has one thread, so nothing else can be spawned between this and the drop below.
-        fcntl(theirs.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty())).map_err(|errno| spawn_error(errno.into()))?;
-        let mut command = Command::new(criu);
-        // The machine's own CRIU configuration is not ours.
-        command.args(["--no-default-config", "swrk"]).arg(theirs.as_raw_fd().to_string());
-        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        die_with_parent(&mut command);
-        let child = command.spawn().map_err(spawn_error)?;
-        drop(theirs);
+    pub(super) fn start(criu: &Path, verb: Verb, work: &Path, seat: &Seat, deadline: Duration) -> Result<Swrk, CriuError> {
+        let (process, socket) =
+            spawn(criu, seat).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
         let log = work.join(verb.log_name());
-        Ok(Swrk { child, socket: ours, verb, log, deadline, ends_at: Instant::now() + deadline })
+        Ok(Swrk { process, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
     }
 
     /// Sends the request and answers CRIU's stops by `on_moment` (its name, and init's pid where CRIU tells it)
@@ -173,10 +168,37 @@ impl Drop for Swrk {
         // CRIU ends by itself after its answer; on every other path it must not go on alone. Killed in the middle of
         // a dump it leaves the tasks running (verified: checkpoint.md, section 3).
         if self.socket_is_open() {
-            let _ = self.child.kill();
+            let _ = process::kill(self.process.as_fd());
         }
-        let _ = self.child.wait();
+        // Readable once it has ended, which it now does.
+        let _ = poll(&mut [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+        let _ = process::reap(self.process.as_fd());
     }
+}
+
+/// CRIU's pidfd and our end of the conversation.
+fn spawn(criu: &Path, seat: &Seat) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+    // The helper has one thread, so nothing else can be spawned between this and the end of the function.
+    fcntl(theirs.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
+    let end = theirs.as_raw_fd().to_string();
+    // The machine's own CRIU configuration is not ours.
+    let arguments = ["--no-default-config", "swrk", &end];
+    let process = match seat {
+        Seat::Here => {
+            let mut command = Command::new(criu);
+            command.args(arguments).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let child = die_with_parent(&mut command).spawn()?;
+            process::open_pidfd(i32::try_from(child.id()).map_err(io::Error::other)?)?
+        }
+        Seat::Cgroup(folder) => {
+            let program = CString::new(criu.as_os_str().as_bytes())?;
+            let arguments = arguments.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>()?;
+            let all: Vec<&CStr> = std::iter::once(&program).chain(&arguments).map(CString::as_c_str).collect();
+            spawn_in_cgroup(&program, &all, folder.as_fd())?
+        }
+    };
+    Ok((process, ours))
 }
 
 impl Swrk {
