@@ -14,17 +14,37 @@
 //! What outlives the process: links `sb<instance><slot>`, the nft table `stillbox_<instance>` (in the host's netns and in
 //! each slot), pins and policies below `data_dir/netns/`, an unreachable route that claims the instance's subnet.
 
+mod foreign;
+mod host;
 mod inner;
 mod links;
+mod nft;
+mod pool;
+mod record;
+mod rules;
+mod slot;
+mod subnet;
 
 pub use inner::InnerNetwork;
 
 use crate::model::{InstanceId, NetworkPolicy, SandboxId};
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, SocketFactory, SocketKind};
+use host::{Host, Leftovers};
+use pool::{Pool, Taken};
+use record::Record;
+use slot::{Slot, SlotPlan};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
-use tokio::net::TcpStream;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpSocket, TcpStream};
+use tracing::warn;
+
+/// How many times `pool_slots` may lie ready when many are given back at once: recycling is cheaper than making.
+const READY_PER_POOL: u32 = 2;
+/// How long nothing is made ahead of time after that failed.
+const REFILL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Keys `[network]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
@@ -113,71 +133,280 @@ pub struct SlotLease {
     pub inner: InnerNetwork,
 }
 
+/// The address inside every sandbox, the slot's beside it, and the prefix length of the two. Dumps carry them.
+const INNER_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 254, 0, 2);
+const INNER_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 254, 0, 1);
+const INNER_PREFIX: u8 = 30;
+
 /// The network of one server. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Network {
-    pins: PathBuf,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: NetworkConfig,
+    plan: SlotPlan,
+    host: Host,
+    /// Netlink in the host's netns.
+    links: rtnetlink::Handle,
+    sockets: SocketFactory,
+    pool: Pool,
 }
 
 impl Network {
     /// Claims a subnet, writes the host's rules, turns forwarding on and starts to fill the pool. What an earlier server
     /// of this instance left is found again; call [`Network::adopt`] for what lives and then [`Network::sweep`].
     pub async fn open(config: NetworkConfig, instance: InstanceId, data_dir: &Path) -> Result<Self, NetworkError> {
-        todo!("lands within the hour: {config:?} {instance} {data_dir:?}")
+        let pins = data_dir.join("netns");
+        let found = blocking({
+            let pins = pins.clone();
+            move || record::found_slots(&pins)
+        });
+        let found = found.await.map_err(step("reading the pins of network namespaces"))?;
+        let leftovers = if found.is_empty() { Leftovers::None } else { Leftovers::Slots };
+        let host = {
+            let (config, pins) = (config.clone(), pins.clone());
+            tokio::task::spawn_blocking(move || Host::open(&config, instance, &pins, leftovers))
+        };
+        let host = host.await.map_err(|error| step("setting up the host's network")(io::Error::other(error)))??;
+        let home = Netns::current().map_err(step("opening the host's network namespace"))?;
+        let (connection, links, _) = rtnetlink::new_connection().map_err(step("opening a netlink socket"))?;
+        tokio::spawn(connection);
+        let sockets = SocketFactory::start().map_err(step("starting the socket factory"))?;
+        let plan = SlotPlan { instance, home, pins, addresses: host.addresses, inner: INNER_ADDRESS, mtu: host.mtu };
+        let pool = Pool::new(config.slots_max.min(host.addresses.slots()), found);
+        let shared = Arc::new(Shared { config, plan, host, links, sockets, pool });
+        shared.pool.spawn(Arc::clone(&shared).keep_filled());
+        Ok(Self { shared })
     }
 
     /// Whether this server can enforce `policy`: the typed refusal for the API, before anything is made.
     pub fn check(policy: &NetworkPolicy) -> Result<(), NetworkError> {
-        todo!("{policy:?}")
+        if policy.egress_proxy.is_some() {
+            return Err(NetworkError::Unsupported { field: "network.egressProxy" });
+        }
+        if !policy.rules.is_empty() {
+            return Err(NetworkError::Unsupported { field: "network.rules" });
+        }
+        if rules::has_domains(policy) {
+            return Err(NetworkError::Unsupported { field: "network.allowOut with a domain" });
+        }
+        Ok(())
     }
 
     /// A slot for `sandbox` with these rules, out of the pool if there is one ready (then about a millisecond).
     pub async fn lease(&self, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<SlotLease, NetworkError> {
-        todo!("{sandbox} {policy:?}")
+        Self::check(policy)?;
+        let slot = self.shared.take_slot().await?;
+        let number = slot.number;
+        let dressed = self.shared.dress(&slot, sandbox, policy).await;
+        self.shared.pool.lend(slot);
+        if let Err(error) = dressed {
+            self.release(number).await?;
+            return Err(error);
+        }
+        Ok(self.shared.lease_of(number))
     }
 
     /// Takes over the slot of a sandbox that an earlier server left running, with the rules that it had.
     pub async fn adopt(&self, slot: u32, sandbox: SandboxId) -> Result<SlotLease, NetworkError> {
-        todo!("{slot} {sandbox}")
+        let plan = self.shared.plan.clone();
+        let found = blocking(move || {
+            let record = Record::read(&plan.pins, slot)?;
+            Ok((Slot::find(&plan, slot)?, record))
+        });
+        match found.await {
+            Ok((found, record)) if record.sandbox == sandbox => self.shared.pool.lend(found),
+            Ok(_) => return Err(NetworkError::Gone { slot }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(NetworkError::Gone { slot }),
+            Err(error) => return Err(step("taking over a network slot")(error)),
+        }
+        Ok(self.shared.lease_of(slot))
     }
 
     /// [`InnerNetwork::attach`] for async callers.
     pub async fn attach(&self, lease: &SlotLease, sandbox: Netns) -> Result<(), NetworkError> {
-        todo!("{lease:?} {sandbox:?}")
+        let inner = lease.inner.clone();
+        blocking(move || inner.attach(&sandbox)).await.map_err(step("attaching a sandbox to its network slot"))
     }
 
     /// Replaces the egress rules of a leased slot at once; connections that are open go on.
     pub async fn set_policy(&self, slot: u32, policy: &NetworkPolicy) -> Result<(), NetworkError> {
-        todo!("{slot} {policy:?}")
+        Self::check(policy)?;
+        let lent = self.shared.pool.lent(slot).ok_or(NetworkError::Gone { slot })?;
+        let (plan, policy) = (self.shared.plan.clone(), policy.clone());
+        blocking(move || {
+            lent.apply_policy(plan.instance, &policy)?;
+            Record::read(&plan.pins, slot).and_then(|record| Record { policy, ..record }.write(&plan.pins, slot))
+        })
+        .await
+        .map_err(step("replacing a sandbox's egress rules"))
     }
 
     /// Connects to a port on 127.0.0.1, else ::1, in a sandbox's own netns. One attempt; needs no slot. Cancel-safe.
     pub async fn dial(&self, sandbox: &Netns, port: u16) -> io::Result<TcpStream> {
-        todo!("{sandbox:?} {port}")
+        match self.dial_address(sandbox, SocketKind::TcpV4, (Ipv4Addr::LOCALHOST, port).into()).await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                self.dial_address(sandbox, SocketKind::TcpV6, (Ipv6Addr::LOCALHOST, port).into()).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn dial_address(&self, netns: &Netns, kind: SocketKind, address: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.shared.sockets.socket(netns, kind).await?;
+        TcpSocket::from_std_stream(socket.into()).connect(address).await
     }
 
     /// Gives a slot back; it is recycled in the background. Succeeds when it is not leased.
     pub async fn release(&self, slot: u32) -> Result<(), NetworkError> {
-        todo!("{slot}")
+        if let Some(slot) = self.shared.pool.take_back(slot) {
+            self.shared.pool.spawn(Arc::clone(&self.shared).recycle(slot));
+        }
+        Ok(())
     }
 
-    /// Removes every slot of this instance that is neither in `keep` nor made by this server.
+    /// Removes every slot that an earlier server left and that is neither in `keep` nor adopted.
     pub async fn sweep(&self, keep: &[u32]) -> Result<(), NetworkError> {
-        todo!("{keep:?}")
+        for number in self.shared.pool.unclaimed(keep) {
+            self.shared.remove(number).await.map_err(step("removing a network slot that nobody owns"))?;
+        }
+        Ok(())
     }
 
     /// Empties the pool. The host's rules, the subnet and forwarding go with the last slot: leased ones keep them.
     pub async fn close(&self) {
-        todo!("{:?}", self.pins)
+        for slot in self.shared.pool.close().await {
+            if let Err(error) = self.shared.remove(slot.number).await {
+                warn!(slot = slot.number, error = &error as &dyn std::error::Error, "Could not remove network slot {}", slot.number);
+            }
+        }
+        if self.shared.pool.is_in_use() {
+            return;
+        }
+        let host = self.shared.host.clone();
+        if let Err(error) = blocking(move || host.close()).await {
+            warn!(error = &error as &dyn std::error::Error, "Could not take back all of the host's network rules");
+        }
     }
 
     /// What /etc/resolv.conf says inside every sandbox: the slot's gateway, which forwards to the host's resolvers.
     pub fn resolv_conf(&self) -> String {
-        todo!()
+        format!("nameserver {INNER_GATEWAY}\n")
     }
 
     /// The address that every sandbox has inside; dumps carry it.
     pub fn inner_address(&self) -> Ipv4Addr {
-        todo!()
+        INNER_ADDRESS
     }
+}
+
+impl Shared {
+    fn lease_of(&self, slot: u32) -> SlotLease {
+        let inner = InnerNetwork {
+            slot_netns: self.plan.pin(slot),
+            address: INNER_ADDRESS,
+            gateway: INNER_GATEWAY,
+            prefix: INNER_PREFIX,
+            mtu: self.plan.mtu,
+        };
+        SlotLease { slot, inner }
+    }
+
+    /// A ready slot, or one made now.
+    async fn take_slot(&self) -> Result<Slot, NetworkError> {
+        match self.pool.take() {
+            Taken::Ready(slot) => Ok(slot),
+            Taken::Number(number) => self.make(number).await.map_err(step("making a network slot")),
+            Taken::None { limit } => Err(NetworkError::NoSlot { limit }),
+        }
+    }
+
+    async fn make(&self, number: u32) -> io::Result<Slot> {
+        let plan = self.plan.clone();
+        let made = blocking(move || Slot::make(&plan, number)).await;
+        if made.is_err() {
+            self.pool.forget(number);
+        }
+        made
+    }
+
+    /// Writes down whose slot it is before it is used, and puts the policy in force.
+    async fn dress(&self, slot: &Slot, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<(), NetworkError> {
+        let record = Record { sandbox, policy: policy.clone() };
+        record.write(&self.plan.pins, slot.number).map_err(step("writing down a network slot's owner"))?;
+        slot.label(&self.links, Some(sandbox)).await.map_err(step("naming a network slot's link"))?;
+        if !record.has_default_rules() {
+            let (slot, instance, policy) = (slot.clone(), self.plan.instance, record.policy);
+            blocking(move || slot.apply_policy(instance, &policy)).await.map_err(step("writing a sandbox's egress rules"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a slot as new, for the next one; what cannot be reset is removed.
+    async fn recycle(self: Arc<Self>, slot: Slot) {
+        let number = slot.number;
+        let reset = self.reset(&slot).await;
+        if let Err(error) = &reset {
+            warn!(slot = number, error = error as &dyn std::error::Error, "Could not reset network slot {number}; it is removed");
+        }
+        let ready_max = if reset.is_ok() { self.config.pool_slots.saturating_mul(READY_PER_POOL) } else { 0 };
+        self.keep_or_remove(slot, ready_max).await;
+    }
+
+    async fn keep_or_remove(&self, slot: Slot, ready_max: u32) {
+        let number = slot.number;
+        if self.pool.put(slot, ready_max) {
+            return;
+        }
+        if let Err(error) = self.remove(number).await {
+            warn!(slot = number, error = &error as &dyn std::error::Error, "Could not remove network slot {number}");
+        }
+    }
+
+    async fn reset(&self, slot: &Slot) -> io::Result<()> {
+        let (plan, used) = (self.plan.clone(), slot.clone());
+        blocking(move || {
+            let had_rules = Record::read(&plan.pins, used.number).map_or(true, |record| !record.has_default_rules());
+            used.reset(&plan, had_rules.then(NetworkPolicy::default).as_ref())?;
+            Record::remove(&plan.pins, used.number)
+        })
+        .await?;
+        slot.label(&self.links, None).await
+    }
+
+    async fn remove(&self, number: u32) -> io::Result<()> {
+        let plan = self.plan.clone();
+        blocking(move || {
+            slot::remove(&plan, number)?;
+            Record::remove(&plan.pins, number)
+        })
+        .await?;
+        self.pool.forget(number);
+        Ok(())
+    }
+
+    /// Makes slots ahead of time until the pool is closed.
+    async fn keep_filled(self: Arc<Self>) {
+        while let Some(number) = self.pool.next_to_make(self.config.pool_slots).await {
+            match self.make(number).await {
+                Ok(slot) => self.keep_or_remove(slot, u32::MAX).await,
+                Err(error) => {
+                    warn!(error = &error as &dyn std::error::Error, "Could not make a network slot ahead of time");
+                    tokio::time::sleep(REFILL_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+fn step(step: &'static str) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Step { step, source: source.into() }
+}
+
+/// Runs what blocks where blocking is allowed. Dropping the future does not stop it.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }

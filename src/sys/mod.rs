@@ -8,6 +8,7 @@ pub mod device_policy;
 pub mod disk;
 pub mod loop_device;
 pub mod mount;
+pub mod conntrack;
 pub mod netns;
 pub mod process;
 pub mod sock_diag;

@@ -12,10 +12,11 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-/// Name and index of the sandbox's end, the same in every sandbox.
-const INNER_LINK: (&str, u32) = ("eth0", 2);
+/// Name and index of the sandbox's end, the same in every sandbox. Indices of our choice are above those that the
+/// kernel gives to the tunnel devices that it may put into every new netns (`sit0`, `tunl0` and more).
+const INNER_LINK: (&str, u32) = ("eth0", 100);
 /// Name and index of the slot's end.
-pub(super) const SLOT_INNER_LINK: (&str, u32) = ("in", 3);
+pub(super) const SLOT_INNER_LINK: (&str, u32) = ("in", 101);
 
 /// What has to be done inside a sandbox's netns to lead it out through its slot. Travels to the helper as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -1,0 +1,155 @@
+//! Who has which slot. Bookkeeping only: it makes and removes nothing.
+//!
+//! ```text
+//!  (free number) ──> making ──> ready <──> lent ──> recycling ──> ready, or removed: (free number)
+//!  found from an earlier server ──> lent (adopted), or removed (swept)
+//! ```
+
+use super::slot::Slot;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+#[derive(Debug)]
+pub(super) struct Pool {
+    limit: u32,
+    state: Mutex<State>,
+    /// Told when there may be something to make, or nothing any more.
+    changed: Notify,
+    background: Mutex<JoinSet<()>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    is_closed: bool,
+    /// All numbers that are not free, in whatever stage.
+    used: BTreeSet<u32>,
+    ready: Vec<Slot>,
+    lent: BTreeMap<u32, Slot>,
+    found: BTreeSet<u32>,
+}
+
+impl State {
+    fn reserve(&mut self, limit: u32) -> Option<u32> {
+        let number = (0..limit).find(|number| !self.used.contains(number))?;
+        self.used.insert(number);
+        Some(number)
+    }
+}
+
+/// What [`Pool::take`] had.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// A slot.
+    Ready(Slot),
+    /// The number of one that the caller has to make, or to [`Pool::forget`].
+    Number(u32),
+    /// Neither.
+    None {
+        /// How many there are.
+        limit: u32,
+    },
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code panics while it holds one of these locks half-way through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pool {
+    pub(super) fn new(limit: u32, found: Vec<u32>) -> Self {
+        let found: BTreeSet<u32> = found.into_iter().collect();
+        let state = State { used: found.clone(), found, ..State::default() };
+        Self { limit, state: Mutex::new(state), changed: Notify::new(), background: Mutex::new(JoinSet::new()) }
+    }
+
+    /// Runs something that [`Pool::close`] waits for.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let mut background = lock(&self.background);
+        while background.try_join_next().is_some() {}
+        background.spawn(work);
+    }
+
+    pub(super) fn take(&self) -> Taken {
+        let mut state = lock(&self.state);
+        let taken = match state.ready.pop() {
+            Some(slot) => Taken::Ready(slot),
+            None => state.reserve(self.limit).map_or(Taken::None { limit: self.limit }, Taken::Number),
+        };
+        self.changed.notify_one();
+        taken
+    }
+
+    /// The number of a slot to be made ahead of time, once fewer than `wanted` are ready; `None` when the pool is closed.
+    /// Cancel-safe.
+    pub(super) async fn next_to_make(&self, wanted: u32) -> Option<u32> {
+        loop {
+            {
+                let mut state = lock(&self.state);
+                if state.is_closed {
+                    return None;
+                }
+                if state.ready.len() < usize::try_from(wanted).unwrap_or(usize::MAX)
+                    && let Some(number) = state.reserve(self.limit)
+                {
+                    return Some(number);
+                }
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    /// Whether a slot could be put among the ready ones: there are fewer than `ready_max`, and the pool is not closed.
+    /// Otherwise the caller removes it.
+    pub(super) fn put(&self, slot: Slot, ready_max: u32) -> bool {
+        let mut state = lock(&self.state);
+        let has_room = state.ready.len() < usize::try_from(ready_max).unwrap_or(usize::MAX);
+        if has_room && !state.is_closed {
+            state.ready.push(slot);
+            return true;
+        }
+        false
+    }
+
+    pub(super) fn lend(&self, slot: Slot) {
+        let mut state = lock(&self.state);
+        state.found.remove(&slot.number);
+        state.lent.insert(slot.number, slot);
+    }
+
+    pub(super) fn lent(&self, number: u32) -> Option<Slot> {
+        lock(&self.state).lent.get(&number).cloned()
+    }
+
+    pub(super) fn take_back(&self, number: u32) -> Option<Slot> {
+        lock(&self.state).lent.remove(&number)
+    }
+
+    /// The number is free again.
+    pub(super) fn forget(&self, number: u32) {
+        let mut state = lock(&self.state);
+        state.used.remove(&number);
+        state.found.remove(&number);
+        self.changed.notify_one();
+    }
+
+    /// Slots of an earlier server that nobody adopted.
+    pub(super) fn unclaimed(&self, keep: &[u32]) -> Vec<u32> {
+        lock(&self.state).found.iter().copied().filter(|number| !keep.contains(number)).collect()
+    }
+
+    /// Waits for everything in the background, then hands out what is ready.
+    pub(super) async fn close(&self) -> Vec<Slot> {
+        lock(&self.state).is_closed = true;
+        self.changed.notify_one();
+        let mut background = std::mem::take(&mut *lock(&self.background));
+        while background.join_next().await.is_some() {}
+        std::mem::take(&mut lock(&self.state).ready)
+    }
+
+    /// Whether any slot is left.
+    pub(super) fn is_in_use(&self) -> bool {
+        !lock(&self.state).used.is_empty()
+    }
+}

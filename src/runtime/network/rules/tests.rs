@@ -1,0 +1,66 @@
+use super::*;
+use crate::runtime::network::inner::SLOT_INNER_LINK;
+use nftables::schema::Nftables;
+
+fn instance() -> InstanceId {
+    "abcde".parse().unwrap()
+}
+
+fn slot() -> SlotRules<'static> {
+    SlotRules { instance: instance(), inner: Ipv4Addr::new(10, 254, 0, 2), inner_link: SLOT_INNER_LINK.0 }
+}
+
+fn policy(allow: &[&str], deny: &[&str]) -> NetworkPolicy {
+    let targets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+    NetworkPolicy { allow_out: targets(allow), deny_out: targets(deny), ..NetworkPolicy::default() }
+}
+
+/// Compared as values: `UPDATE_GOLDEN` in the message tells how to accept a change.
+fn assert_golden(name: &str, golden: &str, ruleset: &Nftables<'_>) {
+    let actual = serde_json::to_value(ruleset).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(golden).unwrap();
+    assert!(actual == expected, "src/runtime/network/rules/{name} should now be:\n{}", serde_json::to_string_pretty(&actual).unwrap());
+}
+
+#[test]
+fn the_hosts_table_is_as_written_down() {
+    let exceptions = ["192.168.7.0/24".parse().unwrap()];
+    let rules = HostRules { instance: instance(), subnet: "10.130.16.0/20".parse().unwrap(), private_exceptions: Some(&exceptions) };
+    assert_golden("host.json", include_str!("host.json"), &rules.transaction().into_ruleset());
+}
+
+#[test]
+fn a_slots_table_is_as_written_down() {
+    assert_golden("slot.json", include_str!("slot.json"), &slot().transaction().into_ruleset());
+}
+
+#[test]
+fn a_policy_of_blocks_is_as_written_down() {
+    let policy = policy(&["1.1.1.1", "1.1.1.0/24", "8.8.8.8"], &["0.0.0.0/0", "9.9.9.9"]);
+    assert_golden("blocks.json", include_str!("blocks.json"), &policy_transaction(instance(), &policy).into_ruleset());
+}
+
+#[test]
+fn a_policy_of_domains_is_as_written_down() {
+    let policy = policy(&["*.example.com", "1.1.1.1"], &["0.0.0.0/0"]);
+    assert_golden("domains.json", include_str!("domains.json"), &policy_transaction(instance(), &policy).into_ruleset());
+}
+
+#[test]
+fn blocks_that_touch_or_overlap_become_one_range() {
+    let blocks: Vec<Block> = ["10.0.1.0/24", "10.0.0.0/24", "10.0.0.7", "10.0.3.0/24"].iter().map(|text| text.parse().unwrap()).collect();
+    assert_eq!(ranges(&blocks), [
+        nft::range(Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 0, 1, 255)),
+        nft::range(Ipv4Addr::new(10, 0, 3, 0), Ipv4Addr::new(10, 0, 3, 255)),
+    ]);
+}
+
+#[test]
+fn a_block_ends_where_its_prefix_says() {
+    let block: Block = "10.1.2.3/20".parse().unwrap();
+    assert_eq!(block.to_string(), "10.1.0.0/20");
+    assert_eq!(Ipv4Addr::from(block.last()), Ipv4Addr::new(10, 1, 15, 255));
+    assert_eq!(Block::new(Ipv4Addr::UNSPECIFIED, 0).last(), u32::MAX);
+    assert!(block.overlaps("10.1.15.0/24".parse().unwrap()) && !block.overlaps("10.1.16.0/24".parse().unwrap()));
+    assert_eq!("fd00::/8".parse::<Block>(), Err(ParseBlockError));
+}
