@@ -61,6 +61,7 @@ impl InnerNetwork {
     async fn connect(&self, slot: &Netns, inside: &Handle, outside: &Handle) -> io::Result<()> {
         inside.link().set(links::link(links::LO_INDEX).up().build()).execute().await.map_err(links::into_io)?;
         self.make_veth(slot, inside, outside).await?;
+        outside.link().set(links::link(SLOT_INNER_LINK.1).up().build()).execute().await.map_err(links::into_io)?;
         outside.address().add(SLOT_INNER_LINK.1, self.gateway.into(), self.prefix).execute().await.map_err(links::into_io)?;
         inside.address().add(INNER_LINK.1, self.address.into(), self.prefix).execute().await.map_err(links::into_io)?;
         let default = RouteMessageBuilder::<Ipv4Addr>::new().gateway(self.gateway).output_interface(INNER_LINK.1).build();

@@ -35,7 +35,7 @@ pub(super) struct VethEnd<'a> {
 
 impl VethEnd<'_> {
     fn dress<T: Default>(&self, builder: LinkMessageBuilder<T>, mtu: u32) -> LinkMessageBuilder<T> {
-        let builder = builder.name(self.name).mtu(mtu).up();
+        let builder = builder.name(self.name).mtu(mtu);
         let builder = match self.index {
             Some(index) => builder.index(index),
             None => builder,
@@ -47,12 +47,13 @@ impl VethEnd<'_> {
     }
 }
 
-/// Both ends made up and running where they belong: 0.7 ms, where moving an end afterwards takes 19 (host.md section 3).
-/// The kernel takes an index for `peer` only together with one for `end`.
+/// Both ends made where they belong: 0.7 ms, where moving an end afterwards takes 19 (host.md section 3). `end` is up;
+/// `peer` cannot be at birth (the driver's ENOTCONN). The kernel takes an index for `peer` only together with one for
+/// `end`.
 pub(super) fn veth_pair(end: &VethEnd<'_>, peer: &VethEnd<'_>, mtu: u32) -> LinkMessage {
     let peer = peer.dress(LinkMessageBuilder::<LinkUnspec>::default(), mtu).build();
     let veth = LinkVeth::new(end.name, "").set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
-    end.dress(veth, mtu).build()
+    end.dress(veth, mtu).up().build()
 }
 
 /// A link that exists to be changed or removed by index.

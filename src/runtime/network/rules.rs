@@ -158,6 +158,8 @@ impl HostRules<'_> {
         table.rule("outbound", vec![accept()]);
         table.chain("inbound");
         table.rule("inbound", vec![nft::belongs_to_connection(), accept()]);
+        // From a slot of another instance, whose table may come after this one.
+        table.rule("inbound", vec![comes_from("sb*"), goto("refuse")]);
         table.rule("inbound", vec![drop()]);
         table.base_chain("forward", filter(NfHook::Forward, NfChainPolicy::Accept));
         table.rule("forward", vec![comes_from(ours), goto("outbound")]);

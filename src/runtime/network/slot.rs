@@ -155,6 +155,7 @@ async fn link_outside(plan: &SlotPlan, number: u32, name: &str, outside: &Handle
     let missing = || io::Error::new(io::ErrorKind::NotFound, format!("link {name} vanished while it was being set up"));
     let index = links::index_of(outside, name).await?.ok_or_else(missing)?;
     write_link_sysctls(name)?;
+    outside.link().set(links::link(index).up().build()).execute().await.map_err(links::into_io)?;
     outside.address().add(index, plan.addresses.host().into(), 32).execute().await.map_err(links::into_io)?;
     let slot = plan.addresses.slot(number);
     let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(slot, 32).output_interface(index);

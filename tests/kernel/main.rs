@@ -1,0 +1,3 @@
+//! Black-box tests of the kernel side. They need root; nothing of them touches the machine's own network or its data.
+
+mod network;
