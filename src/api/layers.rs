@@ -13,7 +13,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Puts the layers around the routes.
 pub(super) fn around<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
-    routes.fallback(unknown_path).method_not_allowed_fallback(wrong_method).layer(middleware::from_fn(label)).layer(middleware::from_fn(cors))
+    routes.fallback(unknown_path).method_not_allowed_fallback(wrong_method).layer(middleware::from_fn(cors)).layer(middleware::from_fn(label))
 }
 
 async fn unknown_path(request: Request) -> ApiError {
