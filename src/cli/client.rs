@@ -124,22 +124,14 @@ impl Client {
         body: &[u8],
     ) -> Result<ureq::Body, ClientError> {
         let url = format!("{}{path}", self.base);
-        let mut request = self
-            .agent
-            .post(&url)
-            .header("E2b-Sandbox-Id", &sandbox.id)
-            .header("E2b-Sandbox-Port", "49983")
-            .header("Connect-Protocol-Version", "1")
-            .content_type(content_type);
-        if let Some(token) = &sandbox.token {
-            request = request.header("X-Access-Token", token);
-        }
-        if let Some(user) = &sandbox.user {
-            use base64::Engine as _;
-            let value = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
-            request = request.header("Authorization", &format!("Basic {value}"));
-        }
+        let request = sandbox.addressed(self.agent.post(&url)).header("Connect-Protocol-Version", "1").content_type(content_type);
         self.accepted(&url, request.send(body))
+    }
+
+    /// GET from a sandbox's agent through the proxy.
+    pub fn get_agent(&self, sandbox: &Target, path: &str) -> Result<ureq::Body, ClientError> {
+        let url = format!("{}{path}", self.base);
+        self.accepted(&url, sandbox.addressed(self.agent.get(&url)).call())
     }
 
     fn accepted(&self, url: &str, answer: Result<http::Response<ureq::Body>, ureq::Error>) -> Result<ureq::Body, ClientError> {
@@ -173,6 +165,22 @@ pub struct Target {
     pub token: Option<String>,
     /// A user inside; `None` = the template's default.
     pub user: Option<String>,
+}
+
+impl Target {
+    /// The headers that lead to this sandbox's agent and name who asks.
+    fn addressed<B>(&self, mut request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
+        request = request.header("E2b-Sandbox-Id", &self.id).header("E2b-Sandbox-Port", "49983");
+        if let Some(token) = &self.token {
+            request = request.header("X-Access-Token", token);
+        }
+        if let Some(user) = &self.user {
+            use base64::Engine as _;
+            let value = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
+            request = request.header("Authorization", format!("Basic {value}"));
+        }
+        request
+    }
 }
 
 /// Where the server of `config` is reached from this machine.

@@ -42,9 +42,24 @@ pub(super) fn run(client: &Client, target: &Target, arguments: &ExecArguments) -
         process["cwd"] = json!(workdir);
     }
     let request = json!({ "process": process, "stdin": arguments.interactive });
-    let body = client.post_agent(target, "/process.Process/Start", "application/connect+json", &envelope(&request))?;
-    let mut messages = body.into_reader();
     let input = arguments.interactive.then(|| Arc::new(target.clone()));
+    follow(client, target, &request, |event| {
+        if let (Some(pid), Some(target)) = (event["start"]["pid"].as_u64(), &input) {
+            forward_stdin(client, target, pid);
+        }
+        handle(event)
+    })
+}
+
+/// Starts a process and hands its events over until one of them is the answer.
+fn follow<T>(
+    client: &Client,
+    target: &Target,
+    request: &Value,
+    mut on_event: impl FnMut(&Value) -> io::Result<Option<T>>,
+) -> Result<T, Box<dyn std::error::Error>> {
+    let body = client.post_agent(target, "/process.Process/Start", "application/connect+json", &envelope(request))?;
+    let mut messages = body.into_reader();
     while let Some((flags, message)) = next_message(&mut messages)? {
         if flags & END_OF_STREAM != 0 {
             return match message.get("error") {
@@ -52,15 +67,29 @@ pub(super) fn run(client: &Client, target: &Target, arguments: &ExecArguments) -
                 None => Err("the sandbox closed the stream before the command ended".into()),
             };
         }
-        let event = &message["event"];
-        if let (Some(pid), Some(target)) = (event["start"]["pid"].as_u64(), &input) {
-            forward_stdin(client, target, pid);
-        }
-        if let Some(code) = handle(event)? {
-            return Ok(code);
+        if let Some(answer) = on_event(&message["event"])? {
+            return Ok(answer);
         }
     }
     Err("the connection to the sandbox was cut; was it killed or paused?".into())
+}
+
+/// Runs a shell command to its end and answers its standard output; its standard error is in the error if it fails.
+pub(super) fn capture(client: &Client, target: &Target, command: &str) -> Result<String, Box<dyn std::error::Error>> {
+    let request = json!({ "process": { "cmd": "/bin/bash", "args": ["-l", "-c", command] }, "stdin": false });
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let code = follow(client, target, &request, |event| {
+        for (name, bytes) in [("stdout", &mut out), ("stderr", &mut err)] {
+            if let Some(text) = event["data"][name].as_str() {
+                bytes.extend(STANDARD.decode(text).map_err(io::Error::other)?);
+            }
+        }
+        Ok(event.get("end").map(|end| end["exitCode"].as_i64().unwrap_or(0)))
+    })?;
+    match code {
+        0 => Ok(String::from_utf8_lossy(&out).into_owned()),
+        _ => Err(format!("'{command}' ended with {code}: {}", super::output::harmless(&String::from_utf8_lossy(&err))).into()),
+    }
 }
 
 const END_OF_STREAM: u8 = 2;

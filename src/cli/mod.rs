@@ -1,6 +1,7 @@
 //! The command line. `serve` and `runtime` hand over to their rooms; everything else is a client of the API.
 
 mod client;
+mod demo;
 mod env;
 mod exec;
 mod output;
@@ -73,6 +74,8 @@ impl Settings {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show what a sandbox can do, on the running server
+    Demo,
     /// Print the settings that an SDK needs, for eval "$(stillbox env)"
     Env(env::EnvArguments),
     /// List, create, use and end sandboxes
@@ -95,6 +98,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         }
     };
     let outcome = match arguments.command {
+        Command::Demo => demo::run(&config),
         Command::Env(arguments) => env::run(&config, &arguments),
         Command::Sandbox(command) => sandbox::run(&config, command),
         Command::Template(command) => template::run(&config, command),

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# What a change must pass before it is read: format, lints as errors, the house's layout, licences and sources.
+set -uo pipefail
+
+cd "$(dirname "$0")/.." || exit 1
+status=0
+part() { echo "== $1"; shift; "$@" || { status=1; echo "== FAILED"; }; }
+
+part "format" cargo fmt --all --check
+part "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
+part "layout" cargo test --locked --quiet --test tidy
+if command -v cargo-deny >/dev/null; then
+    part "licences and sources" cargo deny --locked check
+else
+    echo "== licences and sources: NOT CHECKED, cargo-deny is not installed (cargo install --locked cargo-deny)"
+fi
+exit "$status"
