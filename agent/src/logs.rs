@@ -67,7 +67,8 @@ impl Log {
 impl Ring {
     fn push(&mut self, level: LogLevel, mut message: String, fields: BTreeMap<String, String>) {
         if message.len() > MESSAGE_BYTES_MAX {
-            message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+            let cut = (0..=MESSAGE_BYTES_MAX).rev().find(|at| message.is_char_boundary(*at));
+            message.truncate(cut.unwrap_or(0));
             message.push('…');
         }
         self.last_seq += 1;

@@ -37,13 +37,13 @@ impl CpuMeter {
     }
 
     /// Per cent of `cpus` CPUs since the last call, or since the start.
-    fn used_pct(&self, ticks: u64, cpus: u32) -> f32 {
+    fn used_pct(&self, ticks: u64, cpus: u32) -> f64 {
         let now = Reading { at: Instant::now(), ticks };
         let last = std::mem::replace(&mut *self.last.lock().unwrap_or_else(PoisonError::into_inner), now);
         let seconds = now.at.duration_since(last.at).as_secs_f64().max(0.001);
         let busy = now.ticks.saturating_sub(last.ticks) as f64 / rustix::param::clock_ticks_per_second() as f64;
         let pct = (busy / seconds / f64::from(cpus.max(1)) * 100.0).min(100.0);
-        ((pct * 100.0).round() / 100.0) as f32
+        (pct * 100.0).round() / 100.0
     }
 }
 

@@ -28,6 +28,9 @@ const IOPRIO_WHO_PROCESS: libc::c_int = 1;
 /// Best effort, level 4: what a process has that never asked.
 const IOPRIO_BEST_EFFORT_4: libc::c_int = (2 << 13) | 4;
 
+/// libc::IFF_UP, in the width that an ifreq has for flags.
+const INTERFACE_UP: libc::c_short = 1;
+
 /// Arranges that `command`'s child leads a session of its own and then does what `setup` says.
 pub(crate) fn on_spawn(command: &mut Command, setup: ChildSetup) {
     let oom_score_adj = setup.oom_score_adj.to_string();
@@ -89,11 +92,10 @@ pub(crate) fn bring_loopback_up() -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) })?;
     // SAFETY: SIOCGIFFLAGS has just written this member of the union.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
-    let up = libc::IFF_UP as libc::c_short;
-    if flags & up != 0 {
+    if flags & INTERFACE_UP != 0 {
         return Ok(());
     }
-    request.ifr_ifru.ifru_flags = flags | up;
+    request.ifr_ifru.ifru_flags = flags | INTERFACE_UP;
     // SAFETY: as above; the kernel only reads the request.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) })
 }

@@ -98,7 +98,7 @@ pub struct Metrics {
     pub ts: i64,
     pub cpu_count: u32,
     /// Share of all CPUs together, 0 to 100, since the last call.
-    pub cpu_used_pct: f32,
+    pub cpu_used_pct: f64,
     pub mem_total: u64,
     pub mem_used: u64,
     pub mem_cache: u64,

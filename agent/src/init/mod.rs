@@ -63,26 +63,27 @@ pub(crate) async fn post(State(agent): State<Arc<Agent>>, headers: HeaderMap, bo
 fn check(request: &InitRequest) -> Result<Vec<u8>, InitError> {
     let is_hex = |text: &str, len: usize| text.len() == len && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     let is_id = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic());
-    require(is_control_secret(&request.control_secret), "controlSecret", "is not 64 hex characters")?;
-    require(is_id(&request.sandbox_id), "sandboxId", "is empty or holds blanks")?;
-    require(is_id(&request.template_id), "templateId", "is empty or holds blanks")?;
-    require(request.access_token.as_deref().is_none_or(is_id), "accessToken", "is empty or holds blanks")?;
-    require(is_id(&request.default_user), "defaultUser", "is empty or holds blanks")?;
     let workdir = &request.default_workdir;
-    require((workdir.is_empty() || workdir.starts_with('/')) && !workdir.contains('\0'), "defaultWorkdir", "is not absolute")?;
-    require(is_hostname(&request.hostname), "hostname", "is not 1 to 64 letters, digits, dots and dashes")?;
-    require(is_hex(&request.machine_id, 32), "machineId", "is not 32 hex characters")?;
-    require(is_uuid(&request.boot_id), "bootId", "is not a UUID")?;
     let pem = request.ca_bundle_pem.as_deref();
-    require(pem.is_none_or(|pem| pem.contains("-----BEGIN CERTIFICATE-----")), "caBundlePem", "holds no certificate")?;
+    let rules = [
+        ("controlSecret", "is not 64 hex characters", is_control_secret(&request.control_secret)),
+        ("sandboxId", "is empty or holds blanks", is_id(&request.sandbox_id)),
+        ("templateId", "is empty or holds blanks", is_id(&request.template_id)),
+        ("accessToken", "is empty or holds blanks", request.access_token.as_deref().is_none_or(is_id)),
+        ("defaultUser", "is empty or holds blanks", is_id(&request.default_user)),
+        ("defaultWorkdir", "is not absolute", (workdir.is_empty() || workdir.starts_with('/')) && !workdir.contains('\0')),
+        ("hostname", "is not 1 to 64 letters, digits, dots and dashes", is_hostname(&request.hostname)),
+        ("machineId", "is not 32 hex characters", is_hex(&request.machine_id, 32)),
+        ("bootId", "is not a UUID", is_uuid(&request.boot_id)),
+        ("caBundlePem", "holds no certificate", pem.is_none_or(|pem| pem.contains("-----BEGIN CERTIFICATE-----"))),
+    ];
+    if let Some((field, problem, _)) = rules.into_iter().find(|(_, _, holds)| !holds) {
+        return Err(InitError::Field { field, problem: problem.to_owned() });
+    }
     check_envs("templateEnv", &request.template_env)?;
     check_envs("envVars", &request.env_vars)?;
     let entropy = STANDARD.decode(&request.entropy).ok().filter(|bytes| bytes.len() == ENTROPY_BYTES);
     entropy.ok_or(InitError::Field { field: "entropy", problem: format!("is not {ENTROPY_BYTES} bytes of base64") })
-}
-
-fn require(holds: bool, field: &'static str, problem: &str) -> Result<(), InitError> {
-    if holds { Ok(()) } else { Err(InitError::Field { field, problem: problem.to_owned() }) }
 }
 
 fn check_envs(field: &'static str, envs: &BTreeMap<String, String>) -> Result<(), InitError> {
@@ -104,6 +105,11 @@ fn is_uuid(text: &str) -> bool {
 
 fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), InitError> {
     rustix::system::sethostname(request.hostname.as_bytes()).map_err(|error| InitError::Hostname(error.into()))?;
+    let former = agent.identity();
+    if former.sandbox_id != request.sandbox_id {
+        // What the template's build or the source of a fork printed belongs to them.
+        agent.log.clear();
+    }
     write_names(agent, request);
     let trusted = trust::apply(request.ca_bundle_pem.as_deref());
     let ca_envs = trusted.unwrap_or_else(|error| {
@@ -112,11 +118,6 @@ fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), Ini
     });
     // The kernel's pool was never part of a dump; its new bytes cost nothing and help a machine that just booted.
     drop(std::fs::write("/dev/urandom", entropy));
-    let former = agent.identity();
-    if former.sandbox_id != request.sandbox_id {
-        // What the template's build or the source of a fork printed belongs to them.
-        agent.log.clear();
-    }
     agent.replace_identity(identity(request, ca_envs, former.path.clone()));
     Ok(())
 }

@@ -45,7 +45,7 @@ pub(super) fn attend(agent: &Arc<Agent>, spawned: Spawned, start: Start, exit: o
     agent.processes.insert(Arc::clone(&process));
     agent.log.write(LogLevel::Info, "process started", [("pid", pid.to_string()), ("cmd", process.config.cmd.clone())]);
     let [first, second] = pumps;
-    let pumps = tokio::spawn(async { drop(join(first, second).await) });
+    let pumps = tokio::spawn(join(first, second));
     tokio::spawn(supervise(Arc::clone(agent), Arc::clone(&process), exit, pumps, start.deadline));
     Ok((process, subscription))
 }
@@ -86,7 +86,7 @@ fn chunk_logger(agent: &Arc<Agent>, pid: u32) -> impl FnMut(&Chunk) + Send + use
     }
 }
 
-async fn supervise(agent: Arc<Agent>, process: Arc<Process>, exit: oneshot::Receiver<Exit>, pumps: JoinHandle<()>, deadline: Option<Instant>) {
+async fn supervise(agent: Arc<Agent>, process: Arc<Process>, exit: oneshot::Receiver<Exit>, pumps: JoinHandle<((), ())>, deadline: Option<Instant>) {
     let exit = exit_or_kill(&process, exit, deadline).await;
     drain(&process, pumps, deadline).await;
     process.retire();
@@ -120,7 +120,7 @@ async fn exit_or_kill(process: &Process, mut exit: oneshot::Receiver<Exit>, dead
 
 /// Waits until the output is at its end, or shortly after a signal or the deadline. The pumps go on without us, so that
 /// grandchildren neither block nor break on their inherited pipes.
-async fn drain(process: &Process, mut pumps: JoinHandle<()>, deadline: Option<Instant>) {
+async fn drain(process: &Process, mut pumps: JoinHandle<((), ())>, deadline: Option<Instant>) {
     let cut_short = async {
         // A signal that came before the exit has left its permit here.
         tokio::select! {

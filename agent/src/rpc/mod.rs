@@ -15,7 +15,7 @@ use crate::state::{Agent, Identity};
 use crate::users::{User, UserError};
 
 /// Messages and service traits of proto/*.proto.
-#[allow(unreachable_pub, missing_debug_implementations, clippy::all, clippy::allow_attributes_without_reason, reason = "generated code")]
+#[allow(unreachable_pub, missing_debug_implementations, clippy::all, clippy::fn_params_excessive_bools, clippy::allow_attributes_without_reason, reason = "generated code")]
 pub(crate) mod proto {
     connectrpc::include_generated!("envd.rs");
 }

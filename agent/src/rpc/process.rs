@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tokio::time::{Instant, sleep_until};
 
 use super::proto::process as wire;
-use super::proto::process::process_event::{DataEvent, EndEvent, Event, KeepAlive, StartEvent, data_event};
+use super::proto::process::process_event::{DataEvent, EndEvent, Event, StartEvent, data_event};
 use super::{keepalive_interval, user};
 use crate::process::exit::Exit;
 use crate::process::input::InputError;
@@ -208,7 +208,7 @@ fn events(process: &Process, subscription: Subscription, keepalive: Duration, de
                 OutputEvent::Chunk(chunk) => Some((Ok(event(data(chunk))), Some(subscription))),
                 OutputEvent::End(exit) => Some((Ok(event(end(exit))), None)),
             },
-            () = at(silence) => Some((Ok(event(Event::Keepalive(Box::new(KeepAlive::default())))), Some(subscription))),
+            () = at(silence) => Some((Ok(event(Event::Keepalive(Box::default()))), Some(subscription))),
         }
     });
     stream::once(std::future::ready(Ok(start))).chain(rest)
