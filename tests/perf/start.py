@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Create, first command, exec, memory: the numbers of docs/SPECIFICATION.md, with runc as the peer in the same run."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from measure import Api, Server, Verdicts, machine, show, timed
+
+
+class Runc:
+    """`runc run` and `runc exec` on the layer that the sandboxes use."""
+
+    def __init__(self, rootfs):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-bench-runc-"))
+        subprocess.run(["runc", "spec"], cwd=self.folder, check=True)
+        spec = json.loads((self.folder / "config.json").read_text())
+        spec["root"] = {"path": str(rootfs), "readonly": True}
+        spec["process"]["terminal"] = False
+        self.spec = spec
+
+    def write(self, argv):
+        self.spec["process"]["args"] = argv
+        (self.folder / "config.json").write_text(json.dumps(self.spec))
+
+    def run(self, name, argv):
+        self.write(argv)
+        return subprocess.run(["runc", "run", name], cwd=self.folder, check=True, capture_output=True).stdout
+
+    def start(self, name):
+        self.write(["sleep", "600"])
+        subprocess.run(["runc", "run", "-d", name], cwd=self.folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def exec(self, name, argv):
+        return subprocess.run(["runc", "exec", name, *argv], check=True, capture_output=True).stdout
+
+    def remove(self, name):
+        subprocess.run(["runc", "delete", "-f", name], check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def create_and_run(api):
+    sandbox = api.create()
+    if sandbox.run("/bin/echo", "hello") != b"hello\n":
+        raise RuntimeError("the first command printed something else")
+    return sandbox
+
+
+def rss_kib(pid):
+    return next(int(line.split()[1]) for line in open(f"/proc/{pid}/status") if line.startswith("VmRSS"))
+
+
+def pss_kib(pid):
+    return next(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
+
+
+def agents_of(server):
+    """Host pids of the processes that are pid 1 of a sandbox of this server."""
+    found = []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            numbers = next(line.split()[1:] for line in (folder / "status").read_text().splitlines() if line.startswith("NSpid:"))
+            if len(numbers) > 1 and numbers[-1] == "1" and str(server.data_dir) in (folder / "mountinfo").read_text() + os.readlink(folder / "exe"):
+                found.append(int(folder.name))
+        except (OSError, StopIteration):
+            continue  # ended while we looked
+    return found
+
+
+def cold(verdicts, rounds):
+    print("\n== cold start (no dump is used), against runc run of the same layer")
+    server = Server(**{"sandbox.running_max": "64", "templates.restore": "false"}).start()
+    try:
+        api = Api(server)
+        layer = max((server.data_dir / "layers").iterdir(), key=lambda folder: folder.stat().st_mtime)
+        runc = Runc(layer)
+        create_and_run(api).kill()
+        ours, peers = [], []
+        for number in range(rounds):
+            seconds, sandbox = timed(lambda: create_and_run(api))
+            ours.append(seconds)
+            sandbox.kill()
+            seconds, _ = timed(lambda: runc.run(f"sb-bench-{os.getpid()}-{number}", ["/bin/echo", "hello"]))
+            peers.append(seconds)
+        mine, peer = show("create (cold) -> first command's output", ours), show("runc run /bin/echo", peers)
+        verdicts.hold("cold create -> first output / runc run", mine["median"] / peer["median"], 2, "x")
+        runc.remove("none")
+    finally:
+        server.remove()
+
+
+def warm(verdicts, server, rounds):
+    api = Api(server)
+    print("\n== create")
+    create_and_run(api).kill()
+    alone = []
+    for _ in range(min(rounds, 30)):
+        seconds, sandbox = timed(lambda: create_and_run(api))
+        alone.append(seconds)
+        sandbox.kill()
+    one = show("create -> first command's output, alone", alone)
+    together = []
+    for _ in range(3):
+        apis = [Api(server) for _ in range(8)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda each: timed(lambda: create_and_run(each)), apis))
+        together += [seconds for seconds, _ in results]
+        for _, sandbox in results:
+            sandbox.api = api
+            sandbox.kill()
+    eight = show("create -> first command's output, 8 at once", together)
+    verdicts.hold("8 creates at once, each / one alone", eight["median"] / one["median"], 3, "x")
+
+    row, previous, failures = [], api.create(), 0
+    started = time.perf_counter()
+    for _ in range(rounds):
+        try:
+            seconds, sandbox = timed(lambda: create_and_run(api))
+        except RuntimeError as error:
+            failures += 1
+            print("failed:", error)
+            continue
+        row.append(seconds)
+        previous.kill()
+        previous = sandbox
+    rate = rounds / (time.perf_counter() - started)
+    previous.kill()
+    values = show(f"{rounds} creates in a row, one killed per create", row)
+    print(f"  steady rate {rate:.1f} creates per second")
+    verdicts.hold("failures", failures, 0)
+    verdicts.hold("p99 / p50 of creates in a row", values["p99"] / values["median"], 3, "x")
+
+
+def exec_latency(verdicts, server):
+    print("\n== the same argv through the agent, against runc exec")
+    api = Api(server)
+    sandbox = api.create()
+    layer = max((server.data_dir / "layers").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    runc, name = Runc(layer), f"sb-bench-exec-{os.getpid()}"
+    runc.start(name)
+    try:
+        argv = ["/bin/echo", "hello"]
+        ours = [timed(lambda: sandbox.run(*argv))[0] for _ in range(200)]
+        login = [timed(lambda: sandbox.run("/bin/bash", "-l", "-c", "echo hello"))[0] for _ in range(30)]
+        peers = [timed(lambda: runc.exec(name, argv))[0] for _ in range(30)]
+        mine, peer = show("agent: /bin/echo hello", ours), show("runc exec /bin/echo hello", peers)
+        show("agent: bash -l -c 'echo hello'", login)
+        verdicts.hold("exec through the agent", mine["median"], 3, " ms")
+        verdicts.hold("exec through the agent / runc exec", mine["median"] / peer["median"], 0.1, "x")
+    finally:
+        runc.remove(name)
+        sandbox.kill()
+
+
+def memory(verdicts, server):
+    print("\n== memory with 20 sandboxes")
+    api = Api(server)
+    sandboxes = [api.create() for _ in range(20)]
+    try:
+        agents = [pss_kib(pid) for pid in agents_of(server)]
+        print(f"  {len(agents)} agents, PSS {min(agents)}..{max(agents)} KiB; server RSS {rss_kib(server.process.pid)} KiB")
+        verdicts.hold("agents found", 20 - len(agents), 0)
+        verdicts.hold("agent PSS", max(agents) / 1024, 4, " MiB")
+        verdicts.hold("server RSS with 20 sandboxes", rss_kib(server.process.pid) / 1024, 40, " MiB")
+    finally:
+        for sandbox in sandboxes:
+            sandbox.kill()
+
+
+def main():
+    print(machine())
+    rounds = int(os.environ.get("ROUNDS", "200"))
+    verdicts = Verdicts()
+    cold(verdicts, min(rounds, 20))
+    server = Server(**{"sandbox.running_max": "64"}).start()
+    try:
+        warm(verdicts, server, rounds)
+        exec_latency(verdicts, server)
+        memory(verdicts, server)
+    finally:
+        server.remove()
+    return verdicts.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
