@@ -23,3 +23,5 @@ pub mod cli;
 pub mod config;
 
 pub mod serve;
+
+pub mod doctor;
