@@ -3,13 +3,24 @@
 //! The order matters. What can fail because of somebody else (root, ports, the folder's lock) is tried before anything is
 //! changed; requests are answered only when every sandbox of an earlier server was taken over.
 
-use crate::config::{ApiKey, Config, Listen};
-use crate::store::{Store, StoreError};
+use crate::api::{self, ApiConfig, ApiState};
+use crate::config::{ApiKey, Config, Listen, LogFormat};
+use crate::proxy::{self, Proxy, ProxyConfig, tls};
+use crate::runtime::Runtime;
+use crate::runtime::kernel::{self, Kernel};
+use crate::sandbox::{self, InstallKey, Registry};
+use crate::store::{Store, StoreError, install};
+use crate::template::{self, Templates};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::info;
 
 /// Why the server did not start. One line, with the next step.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +59,118 @@ pub enum ServeError {
     /// The store cannot be opened; its message names the file and the holder of the lock.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The kernel side cannot be opened.
+    #[error(transparent)]
+    Runtime(#[from] kernel::OpenError),
+    /// The base template cannot be made.
+    #[error(transparent)]
+    Template(#[from] template::BuiltInError),
+    /// Sandboxes of an earlier server cannot be taken over.
+    #[error(transparent)]
+    Core(#[from] sandbox::OpenError),
+    /// No certificates.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
+    /// The async runtime or its signals cannot be set up.
+    #[error("the server cannot be set up")]
+    Setup(#[source] io::Error),
+}
+
+/// Serves until SIGTERM or SIGINT. Sandboxes that run then run on; the next server takes them over.
+pub fn run(config: Config) -> Result<(), ServeError> {
+    start_logging(&config);
+    if !nix::unistd::geteuid().is_root() {
+        return Err(ServeError::NotRoot);
+    }
+    let bound = Bound::bind(&config)?;
+    make_data_dir(&config.data_dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(ServeError::Setup)?;
+    runtime.block_on(serve(config, bound))
+}
+
+async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
+    let started = Instant::now();
+    let store = Store::open(&config.data_dir)?;
+    let install = install::read_or_make(&config.data_dir)?;
+    let key = api_key(&config)?;
+    let tls = certificates(&config, &install.instance.to_string())?;
+    let templates = Templates::open(config.template.clone(), store.clone());
+    templates.ensure_built_in("base", |line| info!("Template base: {line}")).await?;
+    let kernel = Kernel::open(config.runtime.clone(), install.instance).await?;
+    config.sandbox.nameservers = kernel.nameservers();
+    let runtime: Arc<dyn Runtime> = Arc::new(kernel);
+    let registry = Registry::open(config.sandbox.clone(), InstallKey::from_bytes(install.key), store, Arc::clone(&runtime)).await?;
+    let (stop, stopped) = watch::channel(false);
+    let servers = spawn_listeners(&config, bound, tls, &registry, &templates, key, &stopped)?;
+    info!(
+        took_ms = started.elapsed().as_millis(),
+        "Serving instance {} of {} on http://{} and https://*.{}",
+        install.instance,
+        config.data_dir.display(),
+        config.listen,
+        config.domain
+    );
+    wait_for_signal().await?;
+    info!("Stopping; running sandboxes go on");
+    let _nobody_listens = stop.send(true);
+    for server in servers {
+        server.await.map_err(|panicked| ServeError::Setup(io::Error::other(panicked)))?;
+    }
+    registry.close().await;
+    runtime.close().await;
+    info!("Stopped");
+    Ok(())
+}
+
+fn start_logging(config: &Config) {
+    let filter = tracing_subscriber::EnvFilter::new(&config.log);
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A second call in one process (tests) keeps the first subscriber.
+    let _first_wins = match config.log_format {
+        LogFormat::Text => logs.with_target(false).try_init(),
+        LogFormat::Json => logs.json().try_init(),
+    };
+}
+
+/// Our authority, its bundle for clients, and the leaf for the domain.
+fn certificates(config: &Config, instance: &str) -> Result<Arc<rustls::ServerConfig>, ServeError> {
+    let authority = tls::Authority::open(&config.data_dir, instance)?;
+    tls::write_bundle(&authority, &config.data_dir.join("tls/bundle.pem"))?;
+    Ok(tls::server_config(authority, &config.domain)?)
+}
+
+fn spawn_listeners(
+    config: &Config,
+    bound: Bound,
+    tls: Arc<rustls::ServerConfig>,
+    registry: &Registry,
+    templates: &Templates,
+    key: ApiKey,
+    stopped: &watch::Receiver<bool>,
+) -> Result<Vec<tokio::task::JoinHandle<()>>, ServeError> {
+    let api_config = ApiConfig { timeout_max: config.sandbox.timeout_max, ..ApiConfig::new(vec![key.0], config.domain.clone()) };
+    let control = api::router(ApiState::new(registry.clone(), templates.clone(), api_config));
+    let proxy = Proxy::new(ProxyConfig::for_domain(config.domain.clone()), Arc::new(registry.clone()));
+    let plain = bound.plain.into_iter().map(|listener| (listener, None));
+    let encrypted = bound.tls.into_iter().map(|listener| (listener, Some(Arc::clone(&tls))));
+    let mut servers = Vec::new();
+    for (listener, tls) in plain.chain(encrypted) {
+        let tcp = tokio::net::TcpListener::from_std(listener).map_err(ServeError::Setup)?;
+        let listener = proxy::Listener { tcp, tls };
+        servers.push(tokio::spawn(proxy::serve(listener, Arc::clone(&proxy), control.clone(), stopped.clone())));
+    }
+    Ok(servers)
+}
+
+async fn wait_for_signal() -> Result<(), ServeError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Setup)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Setup)?;
+    // Both arms are cancel-safe: a signal that is not received here ends nothing else.
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
 }
 
 /// Sockets bound before anything else happens.

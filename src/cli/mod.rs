@@ -9,6 +9,8 @@ mod sandbox;
 mod template;
 
 use crate::config::{Config, ConfigErrors, Sources};
+use crate::doctor::{self, Deep};
+use crate::serve;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -74,6 +76,18 @@ impl Settings {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the server until SIGTERM; sandboxes outlive it
+    Serve {
+        /// Base template made elsewhere by `make dist`: nothing is downloaded
+        #[arg(long, value_name = "FILE")]
+        template_archive: Option<PathBuf>,
+    },
+    /// Probe this machine for what the server needs
+    Doctor {
+        /// Also make, dump and restore a real sandbox
+        #[arg(long)]
+        deep: bool,
+    },
     /// Show what a sandbox can do, on the running server
     Demo,
     /// Print the settings that an SDK needs, for eval "$(stillbox env)"
@@ -98,6 +112,12 @@ pub fn run(arguments: Arguments) -> ExitCode {
         }
     };
     let outcome = match arguments.command {
+        Command::Serve { template_archive } => {
+            let mut config = config;
+            config.template.archive = template_archive.or(config.template.archive);
+            serve::run(config).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
+        Command::Doctor { deep } => Ok(doctor::run(&config, if deep { Deep::Yes } else { Deep::No })),
         Command::Demo => demo::run(&config),
         Command::Env(arguments) => env::run(&config, &arguments),
         Command::Sandbox(command) => sandbox::run(&config, command),

@@ -2,6 +2,7 @@
 
 use super::value::{Listen, Value};
 use super::{ApiKey, Config, LogFormat};
+use crate::runtime::config::SandboxMounts;
 use crate::sandbox::SnapshotSync;
 use std::path::PathBuf;
 
@@ -35,6 +36,21 @@ keys! {
     "sandbox.paused_kept" => |c, v| c.sandbox.paused_kept = v.duration()?;
     "snapshots.disk_bytes_max" => |c, v| c.sandbox.snapshots_bytes_max = v.size()?;
     "pause.fsync" => |c, v| c.sandbox.snapshot_sync = snapshot_sync(v)?;
+    "sandbox.mounts" => |c, v| c.runtime.mounts = mounts(v)?;
+    "runtime.criu" => |c, v| c.runtime.criu = Some(absolute(v)?);
+    "runtime.helper_time_max" => |c, v| c.runtime.helper_time_max = v.duration()?;
+    "runtime.disk_free_min" => |c, v| c.runtime.disk_free_min = v.size()?;
+    "runtime.lazy_restore_min" => |c, v| c.runtime.lazy_restore_min = v.size()?;
+    "runtime.uid_first" => |c, v| c.runtime.uid_ranges.first = uid_first(v)?;
+    "runtime.uid_count" => |c, v| c.runtime.uid_ranges.count = v.whole(1, 32_768)?;
+    "runtime.inotify_instances_max" => |c, v| c.runtime.inotify_instances_max = v.whole(1, 1_048_576)?;
+    "runtime.ptys_max" => |c, v| c.runtime.ptys_max = v.whole(1, 4096)?;
+    "network.subnet" => |c, v| c.runtime.network.subnet = Some(v.text()?);
+    "network.pool_slots" => |c, v| c.runtime.network.pool_slots = v.whole(0, 4096)?;
+    "network.slots_max" => |c, v| c.runtime.network.slots_max = v.whole(1, 65_536)?;
+    "network.deny_private" => |c, v| c.runtime.network.deny_private = v.flag()?;
+    "network.allow_private" => |c, v| c.runtime.network.allow_private = blocks(v)?;
+    "network.dns_upstreams" => |c, v| c.runtime.network.dns_upstreams = addresses(v)?;
     "template.archive" => |c, v| c.template.archive = Some(absolute(v)?);
     "template.debian_mirror" => |c, v| c.template.debian_mirror = Some(mirror(v)?);
     "template.debian_security_mirror" => |c, v| c.template.debian_security_mirror = Some(mirror(v)?);
@@ -111,6 +127,35 @@ fn log_format(value: &Value) -> Result<LogFormat, String> {
         "json" => Ok(LogFormat::Json),
         other => Err(format!("'{other}' is neither text nor json")),
     }
+}
+
+fn mounts(value: &Value) -> Result<SandboxMounts, String> {
+    match value.text()?.as_str() {
+        "user" => Ok(SandboxMounts::User),
+        "none" => Ok(SandboxMounts::None),
+        other => Err(format!("'{other}' is neither user nor none")),
+    }
+}
+
+/// Ranges are 65536 ids each and must not share one with a range of somebody else's.
+fn uid_first(value: &Value) -> Result<u32, String> {
+    let first: u32 = value.whole(65_536, 0xffff_0000)?;
+    if first % 65_536 == 0 { Ok(first) } else { Err(format!("{first} is not a multiple of 65536")) }
+}
+
+fn blocks(value: &Value) -> Result<Vec<String>, String> {
+    let list = value.list()?;
+    for item in &list {
+        match item.parse() {
+            Ok(crate::model::EgressTarget::Block { .. }) => {}
+            _ => return Err(format!("'{item}' is not a block such as 10.0.0.0/8")),
+        }
+    }
+    Ok(list)
+}
+
+fn addresses(value: &Value) -> Result<Vec<std::net::IpAddr>, String> {
+    value.list()?.iter().map(|item| item.parse().map_err(|_| format!("'{item}' is not an IP address"))).collect()
 }
 
 fn snapshot_sync(value: &Value) -> Result<SnapshotSync, String> {

@@ -10,6 +10,7 @@ pub use value::Listen;
 
 use crate::model::Resources;
 use crate::model::ByteSize;
+use crate::runtime::config::RuntimeConfig;
 use crate::sandbox::{SandboxConfig, SnapshotSync};
 use crate::template::{TemplateConfig, UnpackLimits};
 use std::fmt;
@@ -38,6 +39,8 @@ pub struct Config {
     pub resources: Resources,
     /// The core's bounds.
     pub sandbox: SandboxConfig,
+    /// The kernel side's bounds.
+    pub runtime: RuntimeConfig,
     /// Where templates come from.
     pub template: TemplateConfig,
 }
@@ -86,6 +89,7 @@ impl Default for Config {
                 paused_kept: Duration::from_secs(30 * 24 * 3600),
                 snapshot_sync: SnapshotSync::Background,
             },
+            runtime: RuntimeConfig::new(PathBuf::from("/var/lib/stillbox")),
             template: TemplateConfig {
                 data_dir: PathBuf::from("/var/lib/stillbox"),
                 archive: None,
@@ -179,6 +183,7 @@ impl Config {
         }
         config.sandbox.data_dir.clone_from(&config.data_dir);
         config.template.data_dir.clone_from(&config.data_dir);
+        config.runtime.data_dir.clone_from(&config.data_dir);
         if config.template.cache_dir.is_none() {
             config.template.cache_dir = sources.cache_home.as_ref().map(|home| home.join("stillbox"));
         }

@@ -1,7 +1,7 @@
 //! Every knob of the runtime. config.rs at the top fills it from config/stillbox.toml.
 
 use super::network::NetworkConfig;
-use crate::model::{ByteSize, InstanceId};
+use crate::model::ByteSize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -37,8 +37,6 @@ impl Default for UidRanges {
 pub struct RuntimeConfig {
     /// `data_dir`: holds layers, sandboxes, agents, criu. An existing folder of root's.
     pub data_dir: PathBuf,
-    /// This data folder's mark in the names of kernel objects.
-    pub instance: InstanceId,
     /// The executable that is run as `<helper> runtime <verb>`. `/proc/self/exe`, the running binary itself even
     /// after its file was replaced; another one in tests.
     pub helper: PathBuf,
@@ -66,10 +64,9 @@ pub struct RuntimeConfig {
 
 impl RuntimeConfig {
     /// The defaults for a data folder.
-    pub fn new(data_dir: PathBuf, instance: InstanceId) -> Self {
+    pub fn new(data_dir: PathBuf) -> Self {
         Self {
             data_dir,
-            instance,
             helper: PathBuf::from("/proc/self/exe"),
             helper_time_max: Duration::from_secs(60),
             uid_ranges: UidRanges::default(),

@@ -32,6 +32,7 @@ use super::{
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use live::Live;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The runtime of one server. Cheap to clone.
@@ -63,6 +64,12 @@ fn step<E: Into<BoxError>>(id: SandboxId, step: &'static str) -> impl FnOnce(E) 
 }
 
 impl Kernel {
+    /// Whom every sandbox asks for names: the gateway of its slot.
+    pub fn nameservers(&self) -> Vec<IpAddr> {
+        let text = self.0.network.resolv_conf();
+        text.lines().filter_map(|line| line.strip_prefix("nameserver ")?.trim().parse().ok()).collect()
+    }
+
     fn live(&self, id: SandboxId) -> Result<Arc<Live>, RuntimeError> {
         let live = self.0.live.lock().unwrap_or_else(PoisonError::into_inner);
         live.get(&id).cloned().ok_or(RuntimeError::NotRunning { id })

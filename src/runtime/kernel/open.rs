@@ -1,7 +1,7 @@
 //! What a server does once: folders, the shared mount, programs, pools.
 
 use super::{Kernel, Shared};
-use crate::model::DumpKey;
+use crate::model::{DumpKey, InstanceId};
 use crate::runtime::agent::{self, AgentLayerError};
 use crate::runtime::cgroup::{CgroupError, Cgroups};
 use crate::runtime::config::RuntimeConfig;
@@ -44,15 +44,17 @@ pub enum OpenError {
 impl Kernel {
     /// Takes the data folder into use; its lock is the caller's business. Call [`super::Runtime::adopt`] for what runs,
     /// then [`super::Runtime::sweep`].
-    pub async fn open(config: RuntimeConfig) -> Result<Self, OpenError> {
-        let network = Network::open(config.network.clone(), config.instance, &config.data_dir).await?;
-        let opening = tokio::task::spawn_blocking(move || open_blocking(config, network));
+    ///
+    /// `instance` is the folder's mark in the names of kernel objects.
+    pub async fn open(config: RuntimeConfig, instance: InstanceId) -> Result<Self, OpenError> {
+        let network = Network::open(config.network.clone(), instance, &config.data_dir).await?;
+        let opening = tokio::task::spawn_blocking(move || open_blocking(config, instance, network));
         let shared = opening.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
         Ok(Self(Arc::new(shared)))
     }
 }
 
-fn open_blocking(config: RuntimeConfig, network: Network) -> Result<Shared, OpenError> {
+fn open_blocking(config: RuntimeConfig, instance: InstanceId, network: Network) -> Result<Shared, OpenError> {
     let wrong = |action, path: &Path| {
         let path = path.to_owned();
         move |source| OpenError::DataDir { action, path, source }
@@ -77,8 +79,8 @@ fn open_blocking(config: RuntimeConfig, network: Network) -> Result<Shared, Open
     };
     Ok(Shared {
         disks,
-        cgroups: Cgroups::open(config.instance)?,
-        uids: UidPool::new(config.uid_ranges, config.instance),
+        cgroups: Cgroups::open(instance)?,
+        uids: UidPool::new(config.uid_ranges, instance),
         network,
         agent,
         criu,
