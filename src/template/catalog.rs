@@ -6,7 +6,7 @@
 use super::bootstrap::{self, BootstrapError};
 use super::{Manifest, Recipe, TemplateConfig, archive};
 use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, TemplateId, TemplateRecord};
-use crate::store::{Db, Store, StoreError, templates};
+use crate::store::{Db, Store, StoreError, sandboxes, templates};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use time::OffsetDateTime;
@@ -46,6 +46,28 @@ pub enum ResolveError {
 impl From<StoreError> for ResolveError {
     fn from(error: StoreError) -> Self {
         Self::Store(Box::new(error))
+    }
+}
+
+/// Why a template was not removed. It is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// The name leads nowhere, or the store failed.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// Sandboxes stand on its layers.
+    #[error("cannot delete template '{template}' because {sandboxes} running or paused sandboxes use it; kill them first")]
+    InUse {
+        /// As asked.
+        template: String,
+        /// How many.
+        sandboxes: u64,
+    },
+}
+
+impl From<StoreError> for RemoveError {
+    fn from(error: StoreError) -> Self {
+        Self::Resolve(error.into())
     }
 }
 
@@ -128,6 +150,13 @@ impl Templates {
             (Some(template), builds) => Ok((template, builds)),
             (None, _) => Err(ResolveError::UnknownTemplate(id.to_string())),
         }
+    }
+
+    /// Removes a template, or a snapshot seen as one, with all its names, tags and builds, whichever tag the name has.
+    /// Dumps and layers that nothing else needs are swept later.
+    pub async fn remove(&self, name: &str) -> Result<(), RemoveError> {
+        let asked = Name::parse(name)?;
+        self.store.write(move |db| Ok(remove(db, &asked))).await?
     }
 
     /// One build.
@@ -246,11 +275,24 @@ impl Name {
     }
 }
 
-fn find(db: &Db<'_>, name: &Name) -> Result<Resolved, ResolveError> {
+fn find_template(db: &Db<'_>, name: &Name) -> Result<TemplateRecord, ResolveError> {
     let by_alias = templates::id_of_alias(db, &name.template)?;
     let id = by_alias.or_else(|| name.template.parse().ok());
     let template = id.map(|id| templates::by_id(db, id)).transpose()?.flatten();
-    let template = template.ok_or_else(|| ResolveError::UnknownTemplate(name.asked.clone()))?;
+    template.ok_or_else(|| ResolveError::UnknownTemplate(name.asked.clone()))
+}
+
+fn remove(db: &Db<'_>, name: &Name) -> Result<(), RemoveError> {
+    let template = find_template(db, name)?;
+    match sandboxes::count_live_of(db, template.id)? {
+        0 => drop(templates::remove(db, template.id)?),
+        sandboxes => return Err(RemoveError::InUse { template: name.asked.clone(), sandboxes }),
+    }
+    Ok(())
+}
+
+fn find(db: &Db<'_>, name: &Name) -> Result<Resolved, ResolveError> {
+    let template = find_template(db, name)?;
     let unknown_tag = || ResolveError::UnknownTag { template: name.template.clone(), tag: name.tag.clone() };
     // A tag may also be a build's id: E2B's clients name a build that way.
     let tagged = template.tags.get(&name.tag).copied().or_else(|| name.tag.parse().ok());
@@ -310,6 +352,17 @@ mod tests {
         assert_eq!(message("base:").await, "template name 'base:' is malformed: a tag has 1 to 128 letters, digits, '-', '_' and '.'");
         assert_eq!(message("../etc/x").await, "template name '../etc/x' is malformed: it has more than one '/'");
         assert_eq!(message(":x").await, "template name ':x' is malformed: a name has 1 to 128 characters");
+    }
+
+    #[tokio::test]
+    async fn a_removed_template_is_unknown_by_every_name() {
+        let (_data_dir, templates) = opened().await;
+        let base = templates.register(manifest("first")).await;
+        templates.remove("base:default").await.unwrap();
+        for name in ["base", base.template.id.as_str()] {
+            assert_eq!(templates.remove(name).await.unwrap_err().to_string(), format!("template '{name}' not found"));
+        }
+        assert_eq!(templates.list().await.unwrap(), []);
     }
 
     #[tokio::test]

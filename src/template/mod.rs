@@ -12,7 +12,7 @@ pub mod recipe;
 pub mod unpack;
 
 pub use archive::Manifest;
-pub use catalog::{BuiltInError, ResolveError, Resolved, Templates};
+pub use catalog::{BuiltInError, RemoveError, ResolveError, Resolved, Templates};
 pub use mirror::MirrorError;
 pub use recipe::Recipe;
 pub use unpack::UnpackLimits;

@@ -206,7 +206,15 @@ async fn forks_and_snapshots_are_copies_with_ids_of_their_own() {
     for id in [unnamed["snapshotID"].as_str().unwrap(), "local/nightly:v2"] {
         let copy = world.answer("POST", "/v2/sandboxes", Some(json!({"templateID": id}))).await;
         assert_eq!(copy.status, 201, "{}", copy.body);
+        let path = format!("/templates/{}", id.replace('/', "%2F").replace(':', "%3A"));
+        let used = world.answer("DELETE", &path, None).await;
+        let message = format!("cannot delete template '{id}' because 1 running or paused sandboxes use it; kill them first");
+        assert_eq!((used.status, used.body), (400, json!({"code": 400, "message": message})));
+        world.answer("DELETE", &format!("/sandboxes/{}", copy.body["sandboxID"].as_str().unwrap()), None).await;
+        assert_eq!(world.answer("DELETE", &path, None).await.status, 204);
+        assert_eq!(world.answer("DELETE", &path, None).await.status, 404);
     }
+    assert_eq!(world.answer("GET", "/snapshots", None).await.body, json!([]));
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use super::ask::no_such_sandbox;
 use crate::sandbox::{
     ConnectError, CreateError, ForkError, MetricsError, NetworkError, PauseError, StoreFailure, TimeoutError, UnknownSandbox,
 };
-use crate::template::ResolveError;
+use crate::template::{RemoveError, ResolveError};
 use http::StatusCode;
 
 impl From<UnknownSandbox> for ApiError {
@@ -109,6 +109,15 @@ impl From<ResolveError> for ApiError {
             ResolveError::UnknownTemplate(_) | ResolveError::UnknownTag { .. } => Self::not_found(error.to_string()),
             ResolveError::Malformed { .. } => Self::bad_request(error.to_string()),
             ResolveError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<RemoveError> for ApiError {
+    fn from(error: RemoveError) -> Self {
+        match error {
+            RemoveError::Resolve(error) => error.into(),
+            RemoveError::InUse { .. } => Self::bad_request(error.to_string()),
         }
     }
 }

@@ -56,7 +56,7 @@ fn snapshots_and_templates() -> Router<ApiState> {
         .route("/templates", get(templates::all).post(unserved::build))
         .route("/v2/templates", get(templates::page).post(unserved::build))
         .route("/templates/aliases/{alias}", get(templates::alias))
-        .route("/templates/{id}", get(templates::details).post(unserved::build).delete(unserved::delete_template).patch(unserved::build))
+        .route("/templates/{id}", get(templates::details).post(unserved::build).delete(templates::remove).patch(unserved::build))
         .route("/templates/{id}/tags", get(templates::tags))
         .route("/teams", get(teams::all))
 }

@@ -1,4 +1,4 @@
-//! The read side of templates.
+//! Templates: reading and removing them.
 
 use super::super::ApiState;
 use super::super::error::ApiError;
@@ -9,7 +9,7 @@ use crate::model::{BuildRecord, TemplateId, TemplateRecord};
 use crate::sandbox::ListOrder;
 use axum::Json;
 use axum::extract::State;
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 use std::cmp::Reverse;
 use time::OffsetDateTime;
 
@@ -53,6 +53,12 @@ pub(super) async fn details(State(state): State<ApiState>, Segment(name): Segmen
     let newest = newest_ready(&template, &builds).ok_or_else(|| ApiError::not_found(format!("template '{name}' has no build")))?;
     let shown = shown(&template, newest);
     Ok(Json(wire::TemplateWithBuilds { template: shown, builds: builds.iter().map(shown_build).collect() }))
+}
+
+/// `DELETE /templates/{id}`, of templates and snapshots, by id or name.
+pub(super) async fn remove(State(state): State<ApiState>, Segment(name): Segment) -> Result<StatusCode, ApiError> {
+    state.templates.remove(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// `GET /templates/{id}/tags`.

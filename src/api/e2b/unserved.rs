@@ -28,10 +28,6 @@ pub(super) async fn build(request: Request) -> ApiError {
     refuse(&request, "templates cannot be built or changed through the API yet; `stillbox template build` builds the built-in ones")
 }
 
-pub(super) async fn delete_template(request: Request) -> ApiError {
-    refuse(&request, "templates and snapshots cannot be deleted yet")
-}
-
 async fn volumes(request: Request) -> ApiError {
     refuse(&request, "this server has no volumes")
 }
