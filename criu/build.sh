@@ -26,7 +26,7 @@ trap clean_up EXIT
 
 readonly OTHER_WAYS=(
     "or give a release tarball of CRIU >= $VERSION_MIN: STILLBOX_CRIU_TARBALL=FILE STILLBOX_CRIU_TARBALL_SHA256=HASH"
-    "or install CRIU >= $VERSION_MIN and name it in stillbox's configuration (criu.path)"
+    "or install CRIU >= $VERSION_MIN and name it in stillbox's configuration (runtime.criu)"
 )
 
 # ---------------------------------------------------------------- cache
@@ -274,7 +274,7 @@ main() {
     [ $# = 1 ] && [ -n "$1" ] || die "usage: criu/build.sh OUT_FILE"
     case $1 in /*) out=$1 ;; *) out=$PWD/$1 ;; esac
     [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] ||
-        die "this recipe is for x86_64 Linux, not $(uname -s) on $(uname -m)" "install CRIU >= $VERSION_MIN and name it in stillbox's configuration (criu.path)"
+        die "this recipe is for x86_64 Linux, not $(uname -s) on $(uname -m)" "install CRIU >= $VERSION_MIN and name it in stillbox's configuration (runtime.criu)"
     recipe=$(hash_of_recipe)
     cache=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/stillbox/criu
     local entry

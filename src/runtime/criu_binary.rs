@@ -56,7 +56,7 @@ impl std::fmt::Display for Version {
 #[derive(Debug, thiserror::Error)]
 pub enum CriuBinaryError {
     /// Built without one, and none is configured.
-    #[error("this build carries no CRIU; build it in with `make criu build`, or install CRIU >= {VERSION_MIN} and set criu.path")]
+    #[error("this build carries no CRIU; build it in with `make criu build`, or install CRIU >= {VERSION_MIN} and set runtime.criu")]
     NotEmbedded,
     /// The configured one, or the data directory, cannot be read or written.
     #[error("cannot use {}", path.display())]
@@ -76,7 +76,7 @@ pub enum CriuBinaryError {
         detail: String,
     },
     /// Older than what works.
-    #[error("{} is CRIU {found}; {VERSION_MIN} or newer is needed: leave criu.path empty to use the built-in one", path.display())]
+    #[error("{} is CRIU {found}; {VERSION_MIN} or newer is needed: leave runtime.criu empty to use the built-in one", path.display())]
     TooOld {
         /// The file.
         path: PathBuf,
