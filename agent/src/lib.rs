@@ -39,6 +39,8 @@ mod init;
 #[cfg(feature = "agent")]
 mod logs;
 #[cfg(feature = "agent")]
+mod memory;
+#[cfg(feature = "agent")]
 mod metrics;
 #[cfg(feature = "agent")]
 mod paths;

@@ -41,6 +41,7 @@ pub(crate) fn is_control_secret(text: &str) -> bool {
 /// Everything but stdio, which still takes error messages. Call it before anything of this process opens a file. Best
 /// effort where a failure only means that there was nothing to do.
 pub fn prepare() {
+    sys::bound_allocator();
     sys::close_from(3);
     rustix::process::umask(Mode::from_raw_mode(0o022));
     // Refused to a session leader, which a pid 1 mostly is.

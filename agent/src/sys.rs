@@ -81,6 +81,21 @@ pub(crate) fn close_from(first: u32) {
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
 }
 
+/// How many arenas the allocator keeps: by default eight per CPU, each with what its threads once used.
+const ARENAS_MAX: libc::c_int = 2;
+
+/// Bounds what the allocator hoards. Only at start, before there is a second thread.
+pub(crate) fn bound_allocator() {
+    // SAFETY: takes two integers; nothing allocates at the same time, since there is one thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
+}
+
+/// Gives freed memory back to the kernel, which the allocator does by itself only at the end of the heap.
+pub(crate) fn release_free_memory() {
+    // SAFETY: may be called at any time by any thread; memory in use is left alone.
+    unsafe { libc::malloc_trim(0) };
+}
+
 /// Brings the loopback interface up. Does nothing where it already is, so it works without CAP_NET_ADMIN then.
 pub(crate) fn bring_loopback_up() -> io::Result<()> {
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;

@@ -8,6 +8,8 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 
+use crate::memory;
+
 /// Chunks on their way: enough to keep both sides busy, and a quarter of a megabyte at most.
 const CHUNKS_MAX: usize = 4;
 /// How long an upload may send nothing. The SDKs set no deadline of their own on streamed uploads.
@@ -41,7 +43,9 @@ pub(crate) async fn consume<T: Send + 'static>(
     let reader = BodyReader { pieces, current: Bytes::new(), ended: false };
     let worker = tokio::task::spawn_blocking(move || work(reader));
     feed(body, sender).await;
-    worker.await
+    let result = worker.await;
+    memory::release_later();
+    result
 }
 
 async fn feed(body: Body, sender: mpsc::Sender<Piece>) {
@@ -103,7 +107,10 @@ impl BodyWriter {
 /// A response body that `produce` writes on a blocking thread, which ends early when the client goes away.
 pub(crate) fn produced(produce: impl FnOnce(BodyWriter) + Send + 'static) -> Body {
     let (chunks, receiver) = mpsc::channel(CHUNKS_MAX);
-    tokio::task::spawn_blocking(move || produce(BodyWriter { chunks }));
+    tokio::task::spawn_blocking(move || {
+        produce(BodyWriter { chunks });
+        memory::release_later();
+    });
     Body::from_stream(futures_util::stream::unfold(receiver, |mut receiver| async move {
         receiver.recv().await.map(|chunk| (chunk, receiver))
     }))

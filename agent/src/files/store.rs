@@ -93,14 +93,20 @@ impl Target<'_> {
 
     /// Opened without O_CREAT: with it fs.protected_regular lets not even root open others' files in /tmp.
     fn open_existing(self) -> Result<Option<File>, StoreError> {
-        let opened = chown(self.path, Some(self.owner.uid), Some(self.owner.gid))
-            .and_then(|()| open_options().open(self.path))
-            .and_then(blocking);
+        let opened = self.take_over().and_then(|()| open_options().open(self.path)).and_then(blocking);
         match opened {
             Ok(file) => Ok(Some(file)),
             // Removed in between: then it is a new one.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(self.failed("opening")(source)),
+        }
+    }
+
+    /// Files of procfs and of some mounts have an owner for good and can be written all the same.
+    fn take_over(self) -> io::Result<()> {
+        match chown(self.path, Some(self.owner.uid), Some(self.owner.gid)) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported) => Ok(()),
+            result => result,
         }
     }
 
@@ -258,6 +264,15 @@ mod tests {
     fn a_directory_cannot_be_overwritten() {
         let error = store(Path::new("/tmp"), b"x").unwrap_err();
         assert!(matches!(error, StoreError::Directory { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_file_whose_owner_is_fixed_can_be_written() {
+        // Without effect since Linux 5.18; it gets its own value back.
+        let path = Path::new("/proc/sys/kernel/random/urandom_min_reseed_secs");
+        let value = fs::read(path).unwrap();
+        assert!(chown(path, Some(OWNER.uid), None).is_err());
+        store(path, &value).unwrap();
     }
 
     #[test]

@@ -125,8 +125,7 @@ impl Listing<'_> {
             let path = root.join(&below);
             let entry = match Entry::read(&path, &self.shown_root.join(&below), self.names) {
                 Ok(entry) => entry,
-                // Removed since the directory was read.
-                Err(error) if is_missing(&error) => continue,
+                Err(error) if is_passed_over(&error) => continue,
                 Err(error) => return Err(list_error(&path, error)),
             };
             if self.entries.len() == ENTRIES_MAX {
@@ -137,12 +136,20 @@ impl Listing<'_> {
             if enter {
                 match self.directory(root, &below, depth - 1) {
                     Ok(()) | Err(ListError::NotFound { .. }) => {}
+                    Err(ListError::Io { source, .. }) if is_passed_over(&source) => {}
                     Err(error) => return Err(error),
                 }
             }
         }
         Ok(())
     }
+}
+
+/// What is gone since its directory was read, and mounts that let not even root in (a user's FUSE) or that are
+/// dead: they must not take the whole listing with them.
+fn is_passed_over(error: &io::Error) -> bool {
+    let unreachable = [Errno::ACCESS, Errno::PERM, Errno::NOTCONN, Errno::SRCH].map(Errno::raw_os_error);
+    is_missing(error) || error.raw_os_error().is_some_and(|errno| unreachable.contains(&errno))
 }
 
 fn sorted_names(directory: &Path) -> io::Result<Vec<OsString>> {

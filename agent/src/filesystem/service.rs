@@ -17,6 +17,7 @@ use super::ops::{self, EnsureError, ListError, MakeDirError, MoveError, Owner, R
 use super::watch::{Depth, EventKind, NetworkMounts, WatchError};
 use super::watchers::{Change, Entries, Options, Subscription, WatcherError};
 use crate::files::describe;
+use crate::memory;
 use crate::paths;
 use crate::rpc;
 use crate::rpc::proto::filesystem::__buffa::oneof::watch_dir_response::Event;
@@ -119,6 +120,7 @@ impl Filesystem for Service {
         let depth = request.depth;
         let entries = blocking(move || ops::list_dir(&path, depth, &Names::read())).await?;
         let entries = entries.into_iter().map(EntryInfo::from).collect();
+        memory::release_later();
         Response::ok(ListDirResponse { entries, ..Default::default() })
     }
 

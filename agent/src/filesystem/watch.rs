@@ -16,6 +16,10 @@ use std::sync::Arc;
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::sys;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Event {
@@ -85,6 +89,16 @@ const INTEREST: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::DELETE_SELF)
     .union(WatchFlags::ONLYDIR);
 
+/// As many as the kernel queues by default: who makes changes faster than they are read keeps no reader for ever.
+const READ_EVENTS_MAX: usize = 16384;
+
+/// Whether the kernel's queue was seen empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Left {
+    Nothing,
+    Perhaps,
+}
+
 #[derive(Debug)]
 pub(crate) struct Watch {
     /// Shared with the reader, so that directories can be added while it is in use.
@@ -144,35 +158,37 @@ impl Watch {
     }
 
     /// Becomes readable when the kernel has queued something.
-    pub(crate) fn inotify(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.inotify)
+    pub(crate) fn readiness(&self) -> Result<AsyncFd<OwnedFd>, WatchError> {
+        let fd = self.inotify.try_clone();
+        let registered = fd.and_then(|fd| sys::async_fd(fd, Interest::READABLE));
+        registered.map_err(|source| watch_error(&self.root, source))
     }
 
-    /// For what the watch's owner does with it.
-    pub(crate) fn failed(&self, source: io::Error) -> WatchError {
-        watch_error(&self.root, source)
-    }
-
-    /// Hands over everything the kernel has queued, oldest first. After an error the watch has missed
-    /// changes and is of no more use.
-    pub(crate) fn read(&mut self, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
+    /// Hands over everything the kernel had queued when this was called, oldest first. After an error the watch
+    /// has missed changes and is of no more use.
+    pub(crate) fn read(&mut self, sink: &mut dyn FnMut(Event)) -> Result<Left, WatchError> {
         let mut buffer = [MaybeUninit::uninit(); 8192];
         let mut reader = inotify::Reader::new(Arc::clone(&self.inotify), &mut buffer);
-        loop {
+        let mut events = 0;
+        // A reader that is dropped in the middle of its buffer loses the rest.
+        while events < READ_EVENTS_MAX || !reader.is_buffer_empty() {
             match reader.next() {
                 Ok(raw) => {
+                    events += 1;
                     let name = raw.file_name().map(|name| OsStr::from_bytes(name.to_bytes()));
                     let raw = Raw { wd: raw.wd(), flags: raw.events(), cookie: raw.cookie(), name };
                     self.translate(&raw, sink)?;
                 }
-                Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    // Nothing older than the last listing is queued any more.
+                    self.directories.values_mut().for_each(|directory| directory.announced = HashSet::new());
+                    return Ok(Left::Nothing);
+                }
                 Err(errno) => return Err(watch_error(&self.root, errno.into())),
             }
         }
-        // Nothing older than the last listing is queued any more.
-        self.directories.values_mut().for_each(|directory| directory.announced = HashSet::new());
-        Ok(())
+        Ok(Left::Perhaps)
     }
 
     fn translate(&mut self, raw: &Raw<'_>, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {

@@ -9,13 +9,12 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::entry::Entry;
-use super::watch::{Depth, Event, EventKind, NetworkMounts, Watch, WatchError};
+use super::watch::{Depth, Event, EventKind, Left, NetworkMounts, Watch, WatchError};
 use crate::users::Names;
 
 /// Changes that wait for their reader, in one watch.
@@ -136,10 +135,7 @@ pub(crate) struct Subscription {
 
 impl Subscription {
     fn start(watch: Watch, entries: Entries) -> Result<Subscription, WatcherError> {
-        let fd = watch.inotify();
-        let failed = |source| watch.failed(source);
-        #[expect(deprecated, reason = "its successor is unsafe, for types whose fd may change; that of an OwnedFd cannot")]
-        let readiness = AsyncFd::with_interest(fd, Interest::READABLE).map_err(failed)?;
+        let readiness = watch.readiness()?;
         let depth = watch.depth();
         let queue = Queue { watch, changes: VecDeque::new(), failed: None };
         let shared = Arc::new(Shared { queue: Mutex::new(queue), changed: Notify::new(), depth, entries });
@@ -185,25 +181,31 @@ struct Queue {
 
 impl Shared {
     /// Moves what the kernel has queued into our queue. Blocks: it lists directories and looks at files.
-    fn drain(&self) {
+    fn drain(&self) -> Left {
         let mut queue = lock(&self.queue);
         if queue.failed.is_some() {
-            return;
+            return Left::Nothing;
         }
         let Queue { watch, changes, .. } = &mut *queue;
         let mut describe = Describe { root: watch.root().to_owned(), entries: self.entries, names: None };
         let read = watch.read(&mut |event| push(changes, describe.change(event)));
-        let failed = match read {
-            Err(error) => Some(error.into()),
-            Ok(()) => (changes.len() > CHANGES_MAX).then_some(WatcherError::Overflow),
+        let (left, failed) = match read {
+            Err(error) => (Left::Nothing, Some(error.into())),
+            Ok(_) if changes.len() > CHANGES_MAX => (Left::Nothing, Some(WatcherError::Overflow)),
+            Ok(left) => (left, None),
         };
         if failed.is_some() {
-            changes.clear();
-            changes.shrink_to_fit();
+            *changes = VecDeque::new();
         }
         queue.failed = failed;
         drop(queue);
         self.changed.notify_one();
+        left
+    }
+
+    /// Drains until the kernel's queue is empty, with room for readers in between.
+    fn drain_all(&self) {
+        while self.drain() == Left::Perhaps {}
     }
 
     fn take(&self) -> Result<Vec<Change>, WatcherError> {
@@ -253,12 +255,12 @@ impl Describe {
     }
 }
 
-async fn pump(shared: Arc<Shared>, readiness: AsyncFd<Arc<OwnedFd>>) {
+async fn pump(shared: Arc<Shared>, readiness: AsyncFd<OwnedFd>) {
     while let Ok(mut ready) = readiness.readable().await {
         // Before draining: what comes while we drain makes it ready again.
         ready.clear_ready();
         let draining = Arc::clone(&shared);
-        if spawn_blocking(move || draining.drain()).await.is_err() || lock(&shared.queue).failed.is_some() {
+        if spawn_blocking(move || draining.drain_all()).await.is_err() || lock(&shared.queue).failed.is_some() {
             return;
         }
     }

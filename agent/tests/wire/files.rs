@@ -178,10 +178,25 @@ fn a_large_upload_passes_through_in_little_memory() {
     }
     assert_eq!(Answer::read(socket).status, 200);
     assert_eq!(fs::metadata(agent.outside("/home/user/large")).unwrap().len(), 256 << 20);
-    let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    let peak_kib: u32 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    let peak_kib = agent.memory_kib("status", "VmHWM:");
     assert!(peak_kib < 32 << 10, "the agent took {peak_kib} KiB");
+}
+
+#[test]
+fn memory_that_a_burst_took_is_given_back() {
+    let agent = Agent::start();
+    let content = vec![7; 8 << 20];
+    std::thread::scope(|scope| {
+        for number in 0..24 {
+            let (agent, content) = (&agent, &content);
+            scope.spawn(move || {
+                agent.put(&format!("f{number}"), content);
+                agent.get(&format!("/files?path=f{number}"));
+            });
+        }
+    });
+    let private_kib = || agent.memory_kib("smaps_rollup", "Private_Dirty:");
+    wait_for("the agent to be small again", || private_kib() < 4 << 10);
 }
 
 #[test]

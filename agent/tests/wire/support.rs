@@ -81,6 +81,13 @@ impl Agent {
         self.child.id()
     }
 
+    /// A number of /proc/PID/`file`, in KiB.
+    pub(crate) fn memory_kib(&self, file: &str, key: &str) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/{file}", self.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// Where a path below /home is for the test.
     pub(crate) fn outside(&self, path: &str) -> PathBuf {
         self.folder.path().join(path.strip_prefix('/').unwrap())
