@@ -84,10 +84,16 @@ pub(crate) fn close_from(first: u32) {
 /// How many arenas the allocator keeps: by default eight per CPU, each with what its threads once used.
 const ARENAS_MAX: libc::c_int = 2;
 
+/// Blocks from this size on are mapped by themselves and go back when freed. glibc raises its own limit, up to 32 MiB,
+/// whenever such a block is freed; one that was set stays.
+const MAPPED_BYTES_MIN: libc::c_int = 256 << 10;
+
 /// Bounds what the allocator hoards. Only at start, before there is a second thread.
 pub(crate) fn bound_allocator() {
-    // SAFETY: takes two integers; nothing allocates at the same time, since there is one thread.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
+    for (option, value) in [(libc::M_ARENA_MAX, ARENAS_MAX), (libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN)] {
+        // SAFETY: takes two integers; nothing allocates at the same time, since there is one thread.
+        unsafe { libc::mallopt(option, value) };
+    }
 }
 
 /// Gives freed memory back to the kernel, which the allocator does by itself only at the end of the heap.

@@ -19,6 +19,7 @@ use super::output::{Chunk, Output, Source, Subscription, pump, pump_shared};
 use super::spawn::{Spawned, Streams};
 use super::table::Sweep;
 use super::{Live, Process, Start};
+use crate::memory;
 use crate::state::Agent;
 use crate::sys;
 use crate::wire::LogLevel;
@@ -91,10 +92,12 @@ async fn supervise(agent: Arc<Agent>, process: Arc<Process>, exit: oneshot::Rece
     drain(&process, pumps, deadline).await;
     process.retire();
     process.output.end(exit).await;
+    memory::release_later();
     agent.log.write(LogLevel::Info, "process ended", [("pid", process.pid.to_string()), ("status", exit.status())]);
     if agent.processes.keep_ended(process) == Sweep::Begin {
         sweep(&agent).await;
     }
+    memory::release_later();
 }
 
 /// Forgets ended processes as their time comes, until there is none left.
