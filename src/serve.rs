@@ -148,9 +148,9 @@ fn spawn_listeners(
     key: ApiKey,
     stopped: &watch::Receiver<bool>,
 ) -> Result<Vec<tokio::task::JoinHandle<()>>, ServeError> {
-    let api_config = ApiConfig { timeout_max: config.sandbox.timeout_max, ..ApiConfig::new(vec![key.0], config.domain.clone()) };
+    let api_config = ApiConfig { keys: vec![key.0], domain: config.domain.clone(), timeout_max: config.sandbox.timeout_max, ..config.api.clone() };
     let control = api::router(ApiState::new(registry.clone(), templates.clone(), api_config));
-    let proxy = Proxy::new(ProxyConfig::for_domain(config.domain.clone()), Arc::new(registry.clone()));
+    let proxy = Proxy::new(ProxyConfig { domain: config.domain.clone(), ..config.proxy.clone() }, Arc::new(registry.clone()));
     let plain = bound.plain.into_iter().map(|listener| (listener, None));
     let encrypted = bound.tls.into_iter().map(|listener| (listener, Some(Arc::clone(&tls))));
     let mut servers = Vec::new();

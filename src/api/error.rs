@@ -1,7 +1,7 @@
 //! What every dialect's errors become: a status and `{"code", "message"}`, or a 500 that tells only its request id.
 
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde_json::json;
 use std::error::Error;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub(super) struct ApiError {
     status: StatusCode,
     message: String,
-    headers: HeaderMap,
+    header: Option<(&'static str, &'static str)>,
     /// For what nobody classified: logged with the request id, never told.
     cause: Option<Arc<dyn Error + Send + Sync>>,
 }
@@ -23,7 +23,7 @@ pub(super) struct InternalFailure(pub(super) Arc<dyn Error + Send + Sync>);
 impl ApiError {
     /// An error that its reader can do something about.
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), headers: HeaderMap::new(), cause: None }
+        Self { status, message: message.into(), header: None, cause: None }
     }
 
     /// 400: the request itself is wrong; the message names field, value and limit.
@@ -54,12 +54,12 @@ impl ApiError {
     /// 500: our fault. The chain of `cause` goes to the log, the client gets the request id.
     pub(super) fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
-        Self { status, message: "internal error".to_owned(), headers: HeaderMap::new(), cause: Some(Arc::new(cause)) }
+        Self { status, message: "internal error".to_owned(), header: None, cause: Some(Arc::new(cause)) }
     }
 
     /// With a header; newer SDKs read `Retry-After` and `Should-Retry`.
     pub(super) fn with_header(mut self, name: &'static str, value: &'static str) -> Self {
-        self.headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        self.header = Some((name, value));
         self
     }
 
@@ -77,7 +77,9 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = body(self.status, &self.message);
-        response.headers_mut().extend(self.headers);
+        if let Some((name, value)) = self.header {
+            response.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
         if let Some(cause) = self.cause {
             response.extensions_mut().insert(InternalFailure(cause));
         }

@@ -26,6 +26,12 @@ keys! {
     "resources.memory" => |c, v| c.resources.memory = at_least_mib(v, 128)?;
     "resources.disk" => |c, v| c.resources.disk = at_least_mib(v, 256)?;
     "resources.pids_max" => |c, v| c.resources.pids_max = v.whole(64, 4_194_304)?;
+    "api.body_bytes_max" => |c, v| c.api.body_bytes_max = v.size()?;
+    "api.body_time_max" => |c, v| c.api.body_time_max = v.duration()?;
+    "proxy.connections_max" => |c, v| c.proxy.connections_max = v.whole(16, 1_000_000)?;
+    "proxy.client_idle_max" => |c, v| c.proxy.client_idle_max = v.duration()?;
+    "proxy.waiting_max" => |c, v| c.proxy.waiting_max = v.whole(1, 1_000_000)?;
+    "proxy.drain_max" => |c, v| c.proxy.drain_max = v.duration()?;
     "sandbox.timeout_max" => |c, v| c.sandbox.timeout_max = v.duration()?;
     "sandbox.running_max" => |c, v| c.sandbox.running_max = v.whole(1, 100_000)?;
     "sandbox.metrics_every" => |c, v| c.sandbox.metrics_every = v.duration()?;

@@ -8,8 +8,10 @@ mod value;
 
 pub use value::Listen;
 
+use crate::api::ApiConfig;
 use crate::model::Resources;
 use crate::model::ByteSize;
+use crate::proxy::ProxyConfig;
 use crate::runtime::config::RuntimeConfig;
 use crate::sandbox::{SandboxConfig, SnapshotSync};
 use crate::template::{TemplateConfig, UnpackLimits};
@@ -37,6 +39,10 @@ pub struct Config {
     pub log_format: LogFormat,
     /// Limits of a sandbox when its template says nothing.
     pub resources: Resources,
+    /// The control plane's bounds; keys, domain and `timeout_max` are set from the keys above.
+    pub api: ApiConfig,
+    /// The proxy's bounds; the domain is set from the key above.
+    pub proxy: ProxyConfig,
     /// The core's bounds.
     pub sandbox: SandboxConfig,
     /// The kernel side's bounds.
@@ -75,6 +81,8 @@ impl Default for Config {
             log: "info".to_owned(),
             log_format: LogFormat::Text,
             resources: Resources { cpu_count: 2, memory: ByteSize::gib(1), disk: ByteSize::gib(20), pids_max: 4096 },
+            api: ApiConfig::new(Vec::new(), "stillbox.localhost:3443"),
+            proxy: ProxyConfig::for_domain("stillbox.localhost:3443"),
             sandbox: SandboxConfig {
                 data_dir: PathBuf::from("/var/lib/stillbox"),
                 nameservers: Vec::new(),

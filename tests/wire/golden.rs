@@ -57,8 +57,8 @@ fn words(text: &str) -> String {
 fn word(word: &str) -> &str {
     let is_hex = |length| word.len() == length && word.bytes().all(|byte| byte.is_ascii_hexdigit());
     match word {
-        word if is_hex(64) => "<token>",
-        word if is_hex(16) => "<request>",
+        _ if is_hex(64) => "<token>",
+        _ if is_hex(16) => "<request>",
         word if word.parse::<SandboxId>().is_ok() => "<sandbox>",
         word if word.parse::<TemplateId>().is_ok() => "<template>",
         word if word.parse::<BuildId>().is_ok() && !word.starts_with("00000000") => "<build>",

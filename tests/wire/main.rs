@@ -3,7 +3,9 @@
 //! Each call's status, headers and body are compared with a file in `e2b/`, ids, tokens and times replaced by words. A
 //! changed file is a decision to be explained in its commit; `UPDATE_GOLDEN=1 cargo test --test wire` writes them anew.
 
+#[cfg(test)]
 mod golden;
+#[cfg(test)]
 mod world;
 
 use serde_json::{Value, json};

@@ -3,6 +3,7 @@
 use super::super::error::ApiError;
 use super::super::layers::chain_of;
 use super::ask::no_such_sandbox;
+use crate::model::SandboxState;
 use crate::sandbox::{
     ConnectError, CreateError, ForkError, MetricsError, NetworkError, PauseError, StoreFailure, TimeoutError, UnknownSandbox,
 };
@@ -87,7 +88,7 @@ impl From<NetworkError> for ApiError {
     fn from(error: NetworkError) -> Self {
         match error {
             NetworkError::Unknown(unknown) => unknown.into(),
-            NetworkError::NotRunning { id, state } if state == crate::model::SandboxState::Paused => no_such_sandbox(id),
+            NetworkError::NotRunning { id, state: SandboxState::Paused } => no_such_sandbox(id),
             NetworkError::NotRunning { .. } => Self::conflict(error.to_string()),
             NetworkError::Apply { .. } | NetworkError::Store(_) => Self::internal(error),
         }
