@@ -29,7 +29,7 @@ pub(crate) fn on_own_machine<F: Future<Output = ()>>(test: impl FnOnce(Machine) 
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip("link set lo up");
         // A way out, for the server to find: it leads nowhere.
-        ip("link add wan type dummy");
+        ip("link add wan type veth peer name nowhere");
         ip("addr add 198.51.100.2/24 dev wan");
         ip("link set wan up");
         ip("route add default via 198.51.100.1");
