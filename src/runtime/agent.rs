@@ -16,6 +16,9 @@ pub use stillbox_agent::wire::BOOT_ID_PATH;
 /// The agent's path inside.
 pub const AGENT_PATH: &str = "/.stillbox/agent";
 
+/// What a boot id is before /init has brought the sandbox's own.
+pub const BOOT_ID_UNSET: &str = "00000000-0000-4000-8000-000000000000\n";
+
 /// A program inside this binary.
 struct Embedded {
     bytes: &'static [u8],
@@ -78,7 +81,5 @@ fn fill(root: &Path, agent: &[u8]) -> io::Result<()> {
     fs::set_permissions(inside("tmp"), fs::Permissions::from_mode(0o1777))?;
     fs::write(inside(AGENT_PATH), agent)?;
     fs::set_permissions(inside(AGENT_PATH), fs::Permissions::from_mode(0o755))?;
-    // A placeholder: /init brings the sandbox's own.
-    fs::write(inside(BOOT_ID_PATH), "00000000-0000-4000-8000-000000000000\n")?;
-    fs::set_permissions(inside(BOOT_ID_PATH), fs::Permissions::from_mode(0o444))
+    fs::write(inside(BOOT_ID_PATH), BOOT_ID_UNSET)
 }

@@ -16,13 +16,12 @@ use crate::sys::disk::sync_filesystem;
 use crate::sys::loop_device::{self, LoopDevice};
 use crate::sys::mount::{NewFilesystem, attach, clone_mount, map_ids, open_beneath};
 use crate::sys::userns::{FilesystemIdentity, new_user_namespace};
-use crate::sys::xattr;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -75,11 +74,12 @@ pub enum RootError {
         source: io::Error,
     },
     /// A layer has something else where the kernel's folders are to be mounted.
-    #[error("the root file system has no plain /{}: {source}; remove it from the template", path.display())]
+    #[error("the root file system has no plain /{}; remove what is there from the template", path.display())]
     Unusable {
         /// The path inside.
         path: PathBuf,
         /// Why.
+        #[source]
         source: io::Error,
     },
     /// Somebody still has the disk open in another mount namespace: what was written may not be in the image yet.
@@ -122,10 +122,6 @@ fn mount_disk(plan: &RootPlan, userns: BorrowedFd<'_>) -> Result<(), RootError> 
             clone_mount(&folder).map_err(failed("open", &folder))?
         }
     };
-    if plan.boot == Boot::Cold {
-        let upper = PathBuf::from(format!("/proc/self/fd/{}/upper", disk.as_raw_fd()));
-        renew_kernel_folders(&upper).map_err(failed("prepare the disk of", plan.folder.path()))?;
-    }
     map_ids(disk.as_fd(), userns).map_err(failed("map the ids of the disk of", plan.folder.path()))?;
     let target = plan.folder.disk_mount();
     attach(disk, &target).map_err(failed("mount the disk at", &target))
@@ -147,30 +143,40 @@ fn mount_image(image: &Path) -> Result<OwnedFd, RootError> {
     attempt().map_err(failed("mount the file system in", image))
 }
 
-/// A cold boot finds no device, shared memory or terminal of the last one, as after any reboot, and no file in place
-/// of what the runtime mounts or executes. The upper layer is whatever root inside made of it: nothing here follows a
-/// symbolic link.
-fn renew_kernel_folders(upper: &Path) -> io::Result<()> {
-    for name in ["dev", ".stillbox"] {
-        remove_any(&upper.join(name))?;
+/// A cold boot finds no device, shared memory or terminal of the last one, as after any reboot, and nothing but folders
+/// where the runtime mounts. `root` is whatever root inside made of it: no symbolic link is followed here.
+///
+/// Done through the overlay: its index refuses files that were taken out of the upper layer behind its back.
+fn renew_kernel_folders(root: &Path) -> io::Result<()> {
+    for name in ["proc", "sys", "dev", "run"] {
+        ensure_folder(&root.join(name))?;
     }
-    for name in ["proc", "sys", "run"] {
-        let path = upper.join(name);
-        match fs::symlink_metadata(&path) {
-            Ok(metadata) if !metadata.is_dir() => remove_any(&path)?,
-            _ => {}
-        }
+    let dev = root.join("dev");
+    for entry in fs::read_dir(&dev)? {
+        remove_any(&entry?.path())?;
     }
-    if upper.join("run").is_dir() {
-        remove_any(&upper.join("run/stillbox"))?;
+    fs::set_permissions(&dev, fs::Permissions::from_mode(0o755))?;
+    for (name, mode) in [("pts", 0o755), ("shm", 0o1777)] {
+        fs::create_dir(dev.join(name))?;
+        fs::set_permissions(dev.join(name), fs::Permissions::from_mode(mode))?;
     }
-    let dev = upper.join("dev");
-    fs::DirBuilder::new().mode(0o755).create(&dev)?;
-    // Nothing of the layers' /dev shows through.
-    xattr::set(&dev, c"trusted.overlay.opaque", b"y")?;
-    fs::DirBuilder::new().mode(0o755).create(dev.join("pts"))?;
-    fs::create_dir(dev.join("shm"))?;
-    fs::set_permissions(dev.join("shm"), fs::Permissions::from_mode(0o1777))
+    let agents_own = root.join("run/stillbox");
+    let boot_id = root.join(super::agent::BOOT_ID_PATH.trim_start_matches('/'));
+    if !fs::symlink_metadata(&agents_own).is_ok_and(|found| found.is_dir()) || !fs::symlink_metadata(&boot_id).is_ok_and(|found| found.is_file()) {
+        remove_any(&agents_own)?;
+        ensure_folder(&agents_own)?;
+        fs::write(&boot_id, super::agent::BOOT_ID_UNSET)?;
+    }
+    Ok(())
+}
+
+fn ensure_folder(path: &Path) -> io::Result<()> {
+    if !fs::symlink_metadata(path).is_ok_and(|found| found.is_dir()) {
+        remove_any(path)?;
+        fs::create_dir(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 fn remove_any(path: &Path) -> io::Result<()> {
@@ -219,10 +225,12 @@ fn build_overlay(plan: &RootPlan, userns: BorrowedFd<'_>) -> Result<OwnedFd, Roo
         // the layers' folders, as they can on any disk.
         let options = format!("lowerdir={lower},upperdir=d/upper,workdir=d/work,index=on,nfs_export=on,redirect_dir=on");
         let identity = FilesystemIdentity::assume(plan.uid_base)?;
-        let mounted = mount(Some("overlay"), "root", Some("overlay"), MsFlags::empty(), Some(options.as_str()));
-        drop(identity);
+        mount(Some("overlay"), "root", Some("overlay"), MsFlags::empty(), Some(options.as_str()))?;
         std::env::set_current_dir("/")?;
-        mounted?;
+        if plan.boot == Boot::Cold {
+            renew_kernel_folders(&stage.join("root"))?;
+        }
+        drop(identity);
         clone_mount(&stage.join("root"))
     };
     let root = merge().map_err(failed("put the layers together over", &disk))?;

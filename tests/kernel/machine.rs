@@ -58,12 +58,12 @@ impl Machine {
         RuntimeConfig {
             helper: PathBuf::from(env!("CARGO_BIN_EXE_stillbox")),
             network: NetworkConfig { pool_slots: 1, ..NetworkConfig::default() },
-            ..RuntimeConfig::new(self.data_dir().to_owned(), self.instance)
+            ..RuntimeConfig::new(self.data_dir().to_owned())
         }
     }
 
     pub(crate) async fn kernel(&self) -> Kernel {
-        Kernel::open(self.config()).await.unwrap()
+        Kernel::open(self.config(), self.instance).await.unwrap()
     }
 
     /// A cold start of a small sandbox.

@@ -47,21 +47,33 @@ impl Kernel {
     ///
     /// `instance` is the folder's mark in the names of kernel objects.
     pub async fn open(config: RuntimeConfig, instance: InstanceId) -> Result<Self, OpenError> {
-        let network = Network::open(config.network.clone(), instance, &config.data_dir).await?;
-        let opening = tokio::task::spawn_blocking(move || open_blocking(config, instance, network));
-        let shared = opening.await.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
+        let data_dir = config.data_dir.clone();
+        let layout = blocking(move || open_data_dir(&data_dir)).await?;
+        // Only now: its pins are mounts below the data folder, which the new mount of that would hide.
+        let network = Network::open(config.network.clone(), instance, layout.data_dir()).await?;
+        let shared = blocking(move || open_rest(config, instance, layout, network)).await?;
         Ok(Self(Arc::new(shared)))
     }
 }
 
-fn open_blocking(config: RuntimeConfig, instance: InstanceId, network: Network) -> Result<Shared, OpenError> {
-    let wrong = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source| OpenError::DataDir { action, path, source }
-    };
-    let layout = Layout::new(&config.data_dir).map_err(wrong("use", &config.data_dir))?;
-    make_private(&layout.sandboxes()).map_err(wrong("make", &layout.sandboxes()))?;
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, OpenError> + Send + 'static) -> Result<T, OpenError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
+}
+
+fn wrong(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+    let path = path.to_owned();
+    move |source| OpenError::DataDir { action, path, source }
+}
+
+fn open_data_dir(data_dir: &Path) -> Result<Layout, OpenError> {
+    let layout = Layout::new(data_dir).map_err(wrong("use", data_dir))?;
     share(layout.data_dir()).map_err(wrong("make a shared mount of", layout.data_dir()))?;
+    make_private(&layout.sandboxes()).map_err(wrong("make", &layout.sandboxes()))?;
+    Ok(layout)
+}
+
+fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, network: Network) -> Result<Shared, OpenError> {
     // Sandboxes' first processes become ours when their helper ends, so that their exit status reaches us.
     nix::sys::prctl::set_child_subreaper(true).map_err(|errno| wrong("become the subreaper for", layout.data_dir())(errno.into()))?;
     let disks = Disks::open(layout.clone(), config.disk_free_min);

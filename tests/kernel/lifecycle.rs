@@ -1,0 +1,210 @@
+//! What comes and goes with a sandbox: nothing is left, disks stay, servers change, failures undo.
+
+use crate::guest::{Said, init, run, wait_until_ready};
+use crate::machine::{BOOT_ID, Machine, SECRET, chain, on_own_machine};
+use std::time::{Duration, Instant};
+use stillbox::model::{ByteSize, SandboxId};
+use stillbox::runtime::kernel::Kernel;
+use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, RuntimeError, StartFrom, StartRequest};
+
+#[test]
+fn nothing_is_left_after_twenty_sandboxes() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        for _ in 0..20 {
+            let id = machine.sandbox(&kernel).await;
+            kernel.destroy(id).await.unwrap();
+        }
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn the_end_of_pid_1_is_reported_with_its_reason() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let id = machine.sandbox(&kernel).await;
+        let pid = pids_of(&machine, id)[0];
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+        let exit = tokio::time::timeout(Duration::from_secs(5), kernel.exited(id)).await.unwrap();
+        assert_eq!(exit.detail, "killed by signal 9");
+        kernel.destroy(id).await.unwrap();
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn a_stopped_sandbox_keeps_its_disk_and_boots_from_it() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let id = machine.sandbox(&kernel).await;
+        // What a hostile root leaves for the next boot.
+        let traps = "rm -rf /dev/null /dev/tty /dev/shm /run/stillbox; ln -s /etc/passwd /dev/tty; ln -s /etc /run/stillbox";
+        run(&kernel, id, &format!("echo kept > /root/file; {traps}")).await;
+        kernel.stop(id).await.unwrap();
+        let left = machine.traces();
+        assert!(left.len() == 1 && left[0].starts_with("folder "), "{left:?}");
+
+        machine.start(&kernel, StartRequest { disk: DiskSource::Own, ..machine.request(id) }).await;
+        let said = run(&kernel, id, "cat /root/file; ls -l /dev/null /dev/tty | cut -c1-10; ls -ld /dev/shm | cut -c1-10; cat /proc/sys/kernel/random/boot_id").await;
+        assert_eq!(said.text, format!("kept\ncrw-rw-rw-\ncrw-rw-rw-\ndrwxrwxrwt\n{BOOT_ID}\n"));
+        kernel.destroy(id).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn the_next_server_takes_running_sandboxes_over_and_sweeps_the_rest() {
+    on_own_machine(async |machine| {
+        let first = machine.kernel().await;
+        let (kept, dropped) = (SandboxId::random(), machine.sandbox(&first).await);
+        let kernel_ref = first.start(machine.request(kept)).await.unwrap();
+        wait_until_ready(&first, kept).await;
+        init(&first, kept, SECRET, BOOT_ID).await;
+        run(&first, kept, "echo before > /root/file").await;
+        // As after kill -9: nothing is told to end.
+        drop(first);
+
+        let second = machine.kernel().await;
+        second.adopt(kept, &kernel_ref).await.unwrap();
+        second.sweep(&[kept]).await.unwrap();
+        assert!(machine.traces().iter().all(|line| !line.contains(dropped.as_str())), "{:?}", machine.traces());
+        assert_eq!(run(&second, kept, "cat /root/file").await.text, "before\n");
+        let wrong = second.adopt(dropped, &kernel_ref_of_nobody(&kernel_ref)).await.unwrap_err();
+        assert!(matches!(wrong, RuntimeError::NotRunning { .. }), "{wrong}");
+        second.destroy(kept).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        second.close().await;
+    });
+}
+
+fn kernel_ref_of_nobody(kernel_ref: &stillbox::model::KernelRef) -> stillbox::model::KernelRef {
+    let mut other = kernel_ref.clone();
+    other.init.start_ticks += 1;
+    other
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_and_names_what_was_wrong() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let id = SandboxId::random();
+        let request = StartRequest { layers: vec!["missing".to_owned()], ..machine.request(id) };
+        let error = kernel.start(request).await.unwrap_err();
+        assert!(chain(&error).contains("layers/missing"), "{}", chain(&error));
+        assert_eq!(machine.traces(), Vec::<String>::new());
+
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn a_layer_cannot_lead_the_runtime_astray_by_symbolic_links() {
+    on_own_machine(async |machine| {
+        for name in ["proc", "sys", "dev", "run"] {
+            std::os::unix::fs::symlink("/etc", machine.data_dir().join("layers/busybox").join(name)).unwrap();
+        }
+        let kernel = machine.kernel().await;
+        let id = machine.sandbox(&kernel).await;
+        assert_eq!(run(&kernel, id, "ls -ld /proc /sys /dev /run | cut -c1; test -e /etc/shadow").await, Said { text: "d\nd\nd\nd\n".to_owned(), code: 1 });
+        kernel.destroy(id).await.unwrap();
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn no_sandbox_is_started_below_the_free_space_floor() {
+    on_own_machine(async |machine| {
+        let mut config = machine.config();
+        config.disk_free_min = ByteSize(u64::MAX / 2);
+        let kernel = Kernel::open(config, machine.instance).await.unwrap();
+        let error = kernel.start(machine.request(SandboxId::random())).await.unwrap_err();
+        assert!(matches!(&error, RuntimeError::Exhausted { remedy, .. } if remedy.contains("runtime.disk_free_min")), "{error}");
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn a_paused_sandbox_goes_on_where_it_was_with_other_ids() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let id = machine.sandbox(&kernel).await;
+        run(&kernel, id, "(i=0; while :; do i=$((i+1)); echo $i > /root/new; mv /root/new /root/count; sleep 0.01; done) > /dev/null 2>&1 &").await;
+        let map = run(&kernel, id, "cat /proc/self/uid_map").await.text;
+        let images = folder(&machine, "images");
+        let dumped = kernel.dump(DumpRequest { id, after: AfterDump::Stop, images: images.clone(), disk_copy: None }).await;
+        let dumped = dumped.unwrap_or_else(|error| panic!("{}", chain(&error)));
+        assert!(images.join(stillbox::runtime::DUMPED_FILE).exists());
+        let left = machine.traces();
+        assert!(left.len() == 1 && left[0].starts_with("folder "), "{left:?}");
+
+        let from = StartFrom::Dump { images, criu: dumped.criu, agent: dumped.agent };
+        let resumed = kernel.start(StartRequest { disk: DiskSource::Own, from, ..machine.request(id) }).await;
+        resumed.unwrap_or_else(|error| panic!("{}", chain(&error)));
+        wait_until_ready(&kernel, id).await;
+        let count = async || run(&kernel, id, "cat /root/count").await.text.trim().parse::<u64>().unwrap_or(0);
+        let first = count().await;
+        assert!(first > 0);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while count().await <= first {
+            assert!(Instant::now() < deadline, "the loop stands still at {first}");
+        }
+        assert_ne!(run(&kernel, id, "cat /proc/self/uid_map").await.text, map);
+        let limit = run(&kernel, id, "cat /proc/sys/user/max_inotify_instances").await.text;
+        assert_eq!(limit, "128\n");
+        kernel.destroy(id).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn forks_of_a_running_sandbox_have_its_files_and_go_their_own_ways() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let id = machine.sandbox(&kernel).await;
+        run(&kernel, id, "echo common > /root/file; touch /dev/shm/memory").await;
+        let (images, disk) = (folder(&machine, "images"), machine.data_dir().join("disk.img"));
+        let dump = DumpRequest { id, after: AfterDump::KeepRunning, images: images.clone(), disk_copy: Some(disk.clone()) };
+        let dumped = kernel.dump(dump).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+        run(&kernel, id, "echo later >> /root/file").await;
+        let mut forks = Vec::new();
+        for number in 0..3 {
+            let fork = SandboxId::random();
+            let from = StartFrom::Dump { images: images.clone(), criu: dumped.criu.clone(), agent: dumped.agent.clone() };
+            let started = kernel.start(StartRequest { disk: DiskSource::CopyOf(disk.clone()), from, ..machine.request(fork) }).await;
+            started.unwrap_or_else(|error| panic!("{}", chain(&error)));
+            wait_until_ready(&kernel, fork).await;
+            run(&kernel, fork, &format!("echo {number} >> /root/file")).await;
+            forks.push(fork);
+        }
+        for (number, fork) in forks.iter().enumerate() {
+            assert_eq!(run(&kernel, *fork, "cat /root/file; ls /dev/shm").await.text, format!("common\n{number}\nmemory\n"));
+        }
+        assert_eq!(run(&kernel, id, "cat /root/file").await.text, "common\nlater\n");
+        for fork in forks.into_iter().chain([id]) {
+            kernel.destroy(fork).await.unwrap();
+        }
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+fn folder(machine: &Machine, name: &str) -> std::path::PathBuf {
+    let path = machine.data_dir().join(name);
+    std::fs::create_dir(&path).unwrap();
+    path
+}
+
+/// The sandbox's processes as the host sees them, pid 1 first.
+fn pids_of(machine: &Machine, id: SandboxId) -> Vec<i32> {
+    let find = std::process::Command::new("find")
+        .args(["/sys/fs/cgroup", "-path", &format!("*stillbox-{}/{id}/cgroup.procs", machine.instance)])
+        .output()
+        .unwrap();
+    let files = String::from_utf8(find.stdout).unwrap();
+    let procs = std::fs::read_to_string(files.lines().next().unwrap()).unwrap();
+    procs.lines().map(|pid| pid.parse().unwrap()).collect()
+}
