@@ -11,6 +11,7 @@ mod hold;
 mod pool;
 mod refusal;
 mod serve;
+mod severable;
 mod signature;
 mod splice;
 pub mod tls;

@@ -1,5 +1,6 @@
 //! One HTTP/1.1 server per listener, with or without TLS, that sorts each request to a sandbox or the control plane.
 
+use super::severable::{Reset, Severable};
 use super::{Proxy, ProxyBody, Sorted};
 use bytes::Bytes;
 use http::{Request, Response};
@@ -100,17 +101,18 @@ where
         tracing::debug!(error = &error as &dyn Error, "A client was gone before it was served");
         return;
     }
+    let (stream, reset) = Severable::new(stream);
     match tls {
-        None => serve_connection(stream, proxy, control, stop).await,
+        None => serve_connection(stream, reset, proxy, control, stop).await,
         Some(acceptor) => match tokio::time::timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => serve_connection(stream, proxy, control, stop).await,
+            Ok(Ok(stream)) => serve_connection(stream, reset, proxy, control, stop).await,
             Ok(Err(error)) => tracing::debug!(error = &error as &dyn Error, "A TLS handshake failed"),
             Err(_too_slow) => tracing::debug!("A TLS handshake took longer than {HANDSHAKE_MAX:?}"),
         },
     }
 }
 
-async fn serve_connection<S, C, B>(stream: S, proxy: Arc<Proxy>, control: C, mut stop: watch::Receiver<bool>)
+async fn serve_connection<S, C, B>(stream: S, reset: Reset, proxy: Arc<Proxy>, control: C, mut stop: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     C: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
@@ -133,6 +135,8 @@ where
         }
     };
     if let Err(error) = ended {
+        // An answer broke off, most often because its sandbox was killed or paused: the client has to notice.
+        reset.ask();
         tracing::trace!(error = &error as &dyn Error, "A client connection broke");
     }
 }
