@@ -18,7 +18,11 @@ pub enum ServeError {
     #[error("could not start the async runtime")]
     Runtime(#[source] io::Error),
     #[error("could not listen on port {port}")]
-    Listen { port: u16, #[source] source: io::Error },
+    Listen {
+        port: u16,
+        #[source]
+        source: io::Error,
+    },
     #[error("could not go on accepting connections")]
     Accept(#[source] io::Error),
 }

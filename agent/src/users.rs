@@ -25,7 +25,11 @@ pub(crate) enum UserError {
     #[error("invalid username: '{name}'")]
     Unknown { name: String },
     #[error("could not read {path}")]
-    Read { path: &'static str, #[source] source: io::Error },
+    Read {
+        path: &'static str,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// The account called `name`, which is never taken for a number.

@@ -56,6 +56,7 @@ pub(crate) async fn post(State(agent): State<Arc<Agent>>, headers: HeaderMap, bo
     let entropy = check(&request)?;
     apply(&agent, &request, &entropy)?;
     *control_secret = request.control_secret;
+    agent.reaper.reap_all();
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -89,7 +90,9 @@ fn check(request: &InitRequest) -> Result<Vec<u8>, InitError> {
 fn check_envs(field: &'static str, envs: &BTreeMap<String, String>) -> Result<(), InitError> {
     let bad = |(name, value): &(&String, &String)| name.is_empty() || name.contains(['=', '\0']) || value.contains('\0');
     match envs.iter().find(bad) {
-        Some((name, _)) => Err(InitError::Field { field, problem: format!("holds a variable '{}' that no process can have", name.escape_default()) }),
+        Some((name, _)) => {
+            Err(InitError::Field { field, problem: format!("holds a variable '{}' that no process can have", name.escape_default()) })
+        }
         None => Ok(()),
     }
 }
@@ -100,7 +103,8 @@ fn is_hostname(name: &str) -> bool {
 
 fn is_uuid(text: &str) -> bool {
     let dashes_at = [8, 13, 18, 23];
-    text.len() == 36 && text.bytes().enumerate().all(|(at, byte)| if dashes_at.contains(&at) { byte == b'-' } else { byte.is_ascii_hexdigit() })
+    text.len() == 36
+        && text.bytes().enumerate().all(|(at, byte)| if dashes_at.contains(&at) { byte == b'-' } else { byte.is_ascii_hexdigit() })
 }
 
 fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), InitError> {
@@ -140,7 +144,11 @@ fn write_names(agent: &Agent, request: &InitRequest) {
 }
 
 fn warn(agent: &Agent, path: &str, error: &io::Error) {
-    agent.log.write(LogLevel::Warn, "could not write a file of the sandbox's identity", [("path", path.to_owned()), ("error", error.to_string())]);
+    agent.log.write(
+        LogLevel::Warn,
+        "could not write a file of the sandbox's identity",
+        [("path", path.to_owned()), ("error", error.to_string())],
+    );
 }
 
 /// Variables in rising order: CA bundle, template, sandbox, our own.
@@ -211,7 +219,14 @@ mod tests {
         request.template_env = envs(&[("A", "template"), ("B", "template")]);
         request.env_vars = envs(&[("A", "sandbox"), ("E2B_SANDBOX_ID", "forged")]);
         let identity = identity(&request, envs(&[("B", "ca"), ("C", "ca")]), "/bin".into());
-        let expected = [("A", "sandbox"), ("B", "template"), ("C", "ca"), ("E2B_SANDBOX", "true"), ("E2B_SANDBOX_ID", "i0123"), ("E2B_TEMPLATE_ID", "base")];
+        let expected = [
+            ("A", "sandbox"),
+            ("B", "template"),
+            ("C", "ca"),
+            ("E2B_SANDBOX", "true"),
+            ("E2B_SANDBOX_ID", "i0123"),
+            ("E2B_TEMPLATE_ID", "base"),
+        ];
         assert_eq!(identity.envs, envs(&expected));
         assert_eq!(identity.access, Access::Open);
     }

@@ -11,7 +11,8 @@ use super::write::write_in_place;
 /// The given CAs alone. Node adds this file to its own list, and a full bundle there would cost every start of it.
 pub(super) const CA_PATH: &str = "/run/stillbox/ca.pem";
 /// Where distributions keep the bundle; Debian's is made when there is none.
-const BUNDLES: [&str; 4] = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
+const BUNDLES: [&str; 4] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"];
 const BUNDLE_ENVS: [&str; 4] = ["SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "GIT_SSL_CAINFO"];
 const EXTRA_ENV: &str = "NODE_EXTRA_CA_CERTS";
 const BEGIN: &str = "\n# stillbox: begin of the sandbox's own CAs\n";

@@ -17,7 +17,10 @@ pub(crate) enum Input {
     Pipe(Mutex<Option<pipe::Sender>>),
     /// Started with `stdin: false`.
     Null,
-    Pty { master: Arc<AsyncFd<OwnedFd>>, writing: Mutex<()> },
+    Pty {
+        master: Arc<AsyncFd<OwnedFd>>,
+        writing: Mutex<()>,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]

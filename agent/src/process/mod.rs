@@ -61,7 +61,12 @@ pub(crate) struct Start {
 }
 
 /// Starts a process and everything that attends it. The subscription sees its output from the first byte on.
-pub(crate) fn start(agent: &Arc<Agent>, identity: &Identity, user: &User, start: Start) -> Result<(Arc<Process>, Subscription), SpawnError> {
+pub(crate) fn start(
+    agent: &Arc<Agent>,
+    identity: &Identity,
+    user: &User,
+    start: Start,
+) -> Result<(Arc<Process>, Subscription), SpawnError> {
     let spawned = spawn::spawn(identity, user, &start.config, start.terminal)?;
     let exit = agent.reaper.exit_of(spawned.pid);
     let program = start.config.cmd.clone();

@@ -177,7 +177,12 @@ pub(crate) async fn pump(fd: OwnedFd, source: Source, output: Arc<Output>, mut o
 }
 
 /// As [`pump`], for a PTY's master, which is also written to.
-pub(crate) async fn pump_shared(fd: &AsyncFd<OwnedFd>, source: Source, output: &Output, on_chunk: &mut impl FnMut(&Chunk)) -> io::Result<()> {
+pub(crate) async fn pump_shared(
+    fd: &AsyncFd<OwnedFd>,
+    source: Source,
+    output: &Output,
+    on_chunk: &mut impl FnMut(&Chunk),
+) -> io::Result<()> {
     while let Some(bytes) = read_chunk(fd, source).await? {
         let chunk = Chunk { source, bytes };
         on_chunk(&chunk);

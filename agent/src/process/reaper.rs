@@ -24,7 +24,7 @@ impl Reaper {
 
     /// Reaps until the agent ends.
     pub(crate) async fn run(self: Arc<Self>, mut child_died: Signal) {
-        // One signal may stand for many deaths, and a restore may have swallowed one: each round empties the queue.
+        // One signal may stand for many deaths.
         while child_died.recv().await.is_some() {
             self.reap_all();
         }
@@ -37,7 +37,8 @@ impl Reaper {
         receiver
     }
 
-    fn reap_all(&self) {
+    /// Takes all that have died. Also called after a restore, in case the signal for one of them was lost with it.
+    pub(crate) fn reap_all(&self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let Some(exit) = Exit::from_status(status) else { continue };
             let owner = self.awaited.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid);

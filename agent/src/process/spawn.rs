@@ -248,7 +248,11 @@ mod tests {
 
     #[test]
     fn bad_requests_are_refused_by_name_before_anything_runs() {
-        let config = |cmd: &str, env: &str| ProcessConfig { cmd: cmd.into(), envs: BTreeMap::from([(env.into(), String::new())]), ..Default::default() };
+        let config = |cmd: &str, env: &str| ProcessConfig {
+            cmd: cmd.into(),
+            envs: BTreeMap::from([(env.into(), String::new())]),
+            ..Default::default()
+        };
         assert!(matches!(check_words(&config("", "A")), Err(SpawnError::NoCommand)));
         assert!(matches!(check_words(&config("a\0b", "A")), Err(SpawnError::Nul)));
         assert!(matches!(check_words(&config("a", "A=B")), Err(SpawnError::EnvName { .. })));

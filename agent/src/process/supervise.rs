@@ -30,7 +30,12 @@ const DRAIN_AFTER_SIGNAL: Duration = Duration::from_millis(50);
 type Pump = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Registers the process and sets its task going.
-pub(super) fn attend(agent: &Arc<Agent>, spawned: Spawned, start: Start, exit: oneshot::Receiver<Exit>) -> io::Result<(Arc<Process>, Subscription)> {
+pub(super) fn attend(
+    agent: &Arc<Agent>,
+    spawned: Spawned,
+    start: Start,
+    exit: oneshot::Receiver<Exit>,
+) -> io::Result<(Arc<Process>, Subscription)> {
     let pid = spawned.pid.as_raw_pid().cast_unsigned();
     let output = Arc::new(Output::default());
     let (input, pumps) = wire_up(agent, pid, spawned.streams, &output)?;
@@ -87,7 +92,13 @@ fn chunk_logger(agent: &Arc<Agent>, pid: u32) -> impl FnMut(&Chunk) + Send + use
     }
 }
 
-async fn supervise(agent: Arc<Agent>, process: Arc<Process>, exit: oneshot::Receiver<Exit>, pumps: JoinHandle<((), ())>, deadline: Option<Instant>) {
+async fn supervise(
+    agent: Arc<Agent>,
+    process: Arc<Process>,
+    exit: oneshot::Receiver<Exit>,
+    pumps: JoinHandle<((), ())>,
+    deadline: Option<Instant>,
+) {
     let exit = exit_or_kill(&process, exit, deadline).await;
     drain(&process, pumps, deadline).await;
     process.retire();

@@ -15,7 +15,14 @@ use crate::state::{Agent, Identity};
 use crate::users::{User, UserError};
 
 /// Messages and service traits of proto/*.proto.
-#[allow(unreachable_pub, missing_debug_implementations, clippy::all, clippy::fn_params_excessive_bools, clippy::allow_attributes_without_reason, reason = "generated code")]
+#[allow(
+    unreachable_pub,
+    missing_debug_implementations,
+    clippy::all,
+    clippy::fn_params_excessive_bools,
+    clippy::allow_attributes_without_reason,
+    reason = "generated code"
+)]
 pub(crate) mod proto {
     connectrpc::include_generated!("envd.rs");
 }
@@ -70,7 +77,10 @@ mod tests {
     #[test]
     fn the_descriptor_was_made_from_the_proto_files_as_they_are() {
         let mut sums = String::new();
-        for (name, text) in [("filesystem.proto", include_str!("../../proto/filesystem.proto")), ("process.proto", include_str!("../../proto/process.proto"))] {
+        for (name, text) in [
+            ("filesystem.proto", include_str!("../../proto/filesystem.proto")),
+            ("process.proto", include_str!("../../proto/process.proto")),
+        ] {
             for byte in Sha256::digest(text) {
                 write!(sums, "{byte:02x}").unwrap();
             }
@@ -81,7 +91,9 @@ mod tests {
 
     #[test]
     fn the_keepalive_interval_is_the_clients_or_90_seconds() {
-        let asked = |value: &str| keepalive_interval(&HeaderMap::from_iter([(axum::http::HeaderName::from_static(KEEPALIVE_HEADER), value.parse().unwrap())]));
+        let asked = |value: &str| {
+            keepalive_interval(&HeaderMap::from_iter([(axum::http::HeaderName::from_static(KEEPALIVE_HEADER), value.parse().unwrap())]))
+        };
         assert_eq!(asked("50"), Duration::from_secs(50));
         assert_eq!(asked("0"), KEEPALIVE_DEFAULT);
         assert_eq!(asked("soon"), KEEPALIVE_DEFAULT);

@@ -102,7 +102,9 @@ impl wire::Process for ProcessService {
             match request?.to_owned_message().event {
                 Some(Event::Start(start)) => live = Some(self.live(start.process.as_option())?),
                 Some(Event::Data(data)) => {
-                    let live: &Arc<Live> = live.as_ref().ok_or_else(|| ConnectError::invalid_argument("input came before the start event that names its process"))?;
+                    let live: &Arc<Live> = live
+                        .as_ref()
+                        .ok_or_else(|| ConnectError::invalid_argument("input came before the start event that names its process"))?;
                     write_input(live, data.input.into_option()).await?;
                 }
                 Some(Event::Keepalive(_)) => {}
@@ -133,7 +135,9 @@ impl wire::Process for ProcessService {
         let signal = match request.signal.as_known() {
             Some(wire::Signal::SIGNAL_SIGTERM) => Signal::TERM,
             Some(wire::Signal::SIGNAL_SIGKILL) => Signal::KILL,
-            Some(wire::Signal::SIGNAL_UNSPECIFIED) | None => return Err(ConnectError::unimplemented(format!("invalid signal: {:?}", request.signal))),
+            Some(wire::Signal::SIGNAL_UNSPECIFIED) | None => {
+                return Err(ConnectError::unimplemented(format!("invalid signal: {:?}", request.signal)));
+            }
         };
         process.send_signal(signal).map_err(|error| ConnectError::internal(format!("error sending signal: {error}")))?;
         Response::ok(wire::SendSignalResponse::default())
@@ -161,7 +165,9 @@ fn parse_start(request: wire::StartRequest, deadline: Option<Instant>) -> Result
 }
 
 fn parse_size(size: &wire::pty::Size) -> Result<Size, ConnectError> {
-    let fit = |name: &str, value: u32| u16::try_from(value).map_err(|_| ConnectError::invalid_argument(format!("pty size {name} is {value}; the limit is {}", u16::MAX)));
+    let fit = |name: &str, value: u32| {
+        u16::try_from(value).map_err(|_| ConnectError::invalid_argument(format!("pty size {name} is {value}; the limit is {}", u16::MAX)))
+    };
     Ok(Size { cols: fit("cols", size.cols)?, rows: fit("rows", size.rows)? })
 }
 
@@ -195,7 +201,12 @@ fn info(process: &Process) -> wire::ProcessInfo {
 }
 
 /// What a client of Start or Connect is sent. Ends after the end event, or with an error at the client's deadline.
-fn events(process: &Process, subscription: Subscription, keepalive: Duration, deadline: Option<Instant>) -> impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + use<> {
+fn events(
+    process: &Process,
+    subscription: Subscription,
+    keepalive: Duration,
+    deadline: Option<Instant>,
+) -> impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + use<> {
     let start = event(Event::Start(Box::new(StartEvent { pid: process.pid, ..Default::default() })));
     let rest = stream::unfold(Some(subscription), move |subscription| async move {
         let mut subscription = subscription?;
@@ -250,7 +261,9 @@ impl From<Selector> for ConnectError {
 impl From<InputError> for ConnectError {
     fn from(error: InputError) -> ConnectError {
         match error {
-            InputError::NoStdin | InputError::StdinOfPty | InputError::NoPty | InputError::Write(_) => ConnectError::internal(error.to_string()),
+            InputError::NoStdin | InputError::StdinOfPty | InputError::NoPty | InputError::Write(_) => {
+                ConnectError::internal(error.to_string())
+            }
             InputError::CloseOfPty => ConnectError::failed_precondition(error.to_string()),
         }
     }

@@ -25,7 +25,8 @@ fn it_is_pid_1_and_holds_nothing_of_whoever_started_it() {
     for line in ["0 /dev/null", "1 /dev/null", "2 /dev/null"] {
         assert!(fds.lines().any(|known| known == line), "{fds}");
     }
-    let foreign: Vec<&str> = fds.lines().filter(|line| !["/dev/null", "socket:", "pipe:", "anon_inode:"].iter().any(|own| line.contains(own))).collect();
+    let foreign: Vec<&str> =
+        fds.lines().filter(|line| !["/dev/null", "socket:", "pipe:", "anon_inode:"].iter().any(|own| line.contains(own))).collect();
     assert!(foreign.is_empty(), "{fds}");
     assert_eq!(agent.root_output("cut -d ' ' -f 6 /proc/1/stat"), "1\n", "it leads a session");
     let inherited = agent.root_output("ls /proc/self/fd | wc -l");
@@ -38,7 +39,10 @@ fn loopback_is_up_before_it_listens() {
     let parent = agent.parent_pid();
     let child = || std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap().trim().to_owned();
     wait_for("the agent to answer in its own network", || {
-        let ask = format!("exec 3<>/dev/tcp/127.0.0.1/{} && printf 'GET /health HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n' >&3 && head -1 <&3", agent.port);
+        let ask = format!(
+            "exec 3<>/dev/tcp/127.0.0.1/{} && printf 'GET /health HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n' >&3 && head -1 <&3",
+            agent.port
+        );
         let answer = Command::new("nsenter").args(["--net", "-t", &child(), "bash", "-c", &ask]).output().unwrap();
         String::from_utf8_lossy(&answer.stdout).starts_with("HTTP/1.1 204")
     });
@@ -62,7 +66,8 @@ fn nobody_gets_in_before_init_and_only_the_token_afterwards() {
 #[test]
 fn variables_and_metrics_are_the_sandboxs() {
     let agent = Agent::start();
-    let envs = json!({ "WHO": "sandbox", "WHERE": "template", "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": "itest", "E2B_TEMPLATE_ID": "base" });
+    let envs =
+        json!({ "WHO": "sandbox", "WHERE": "template", "E2B_SANDBOX": "true", "E2B_SANDBOX_ID": "itest", "E2B_TEMPLATE_ID": "base" });
     assert_eq!(agent.get("/envs").json(), envs);
     agent.get("/metrics");
     agent.root_output("timeout 0.3 sh -c 'while :; do :; done' || true");
@@ -75,7 +80,11 @@ fn variables_and_metrics_are_the_sandboxs() {
 #[test]
 fn a_browser_may_ask_from_anywhere() {
     let agent = Agent::start();
-    let headers = [("Origin", "https://app.example"), ("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "x-access-token")];
+    let headers = [
+        ("Origin", "https://app.example"),
+        ("Access-Control-Request-Method", "POST"),
+        ("Access-Control-Request-Headers", "x-access-token"),
+    ];
     let preflight = agent.request("OPTIONS", "/process.Process/Start", &headers, b"");
     assert_eq!((preflight.status, preflight.header("access-control-allow-origin")), (200, Some("*")));
     assert!(preflight.header("access-control-allow-headers").is_some() && preflight.header("access-control-allow-methods").is_some());

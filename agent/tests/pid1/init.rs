@@ -10,10 +10,16 @@ const SHOW: &str = "hostname; cat /etc/hostname /etc/hosts /etc/resolv.conf /etc
 fn other_identity() -> Value {
     let mut other = identity();
     for (field, value) in [
-        ("controlSecret", json!(NEXT_SECRET)), ("sandboxId", json!("iother")), ("hostname", json!("other")),
-        ("machineId", json!("f".repeat(32))), ("bootId", json!("11111111-0000-4000-8000-000000000000")),
-        ("hosts", json!("127.0.0.1 other\n")), ("resolvConf", json!("")), ("generation", json!(2)),
-        ("envVars", json!({ "NEW": "1" })), ("accessToken", json!("another")),
+        ("controlSecret", json!(NEXT_SECRET)),
+        ("sandboxId", json!("iother")),
+        ("hostname", json!("other")),
+        ("machineId", json!("f".repeat(32))),
+        ("bootId", json!("11111111-0000-4000-8000-000000000000")),
+        ("hosts", json!("127.0.0.1 other\n")),
+        ("resolvConf", json!("")),
+        ("generation", json!(2)),
+        ("envVars", json!({ "NEW": "1" })),
+        ("accessToken", json!("another")),
     ] {
         other[field] = value;
     }
@@ -24,7 +30,8 @@ fn other_identity() -> Value {
 fn init_names_the_sandbox_and_may_be_repeated() {
     let agent = Agent::start();
     let zeroes = "0".repeat(32);
-    let expected = format!("itest\nitest\n127.0.0.1 localhost itest\nnameserver 192.0.2.1\n{zeroes}\n00000000-0000-4000-8000-000000000000\n1\n");
+    let expected =
+        format!("itest\nitest\n127.0.0.1 localhost itest\nnameserver 192.0.2.1\n{zeroes}\n00000000-0000-4000-8000-000000000000\n1\n");
     assert_eq!(agent.root_output(SHOW), expected);
     let inode = agent.root_output("stat -c %i /run/stillbox/boot_id");
     agent.root_output("rm /etc/machine-id; mkfifo /etc/machine-id; ln -sf /nowhere /etc/resolv.conf");
@@ -98,7 +105,10 @@ fn cas_are_added_to_the_images_bundle_and_taken_out_again() {
         let text = agent.root_output(&format!("cat {bundle}"));
         assert!(text.starts_with("IMAGE\n") && text.matches("AAAA").count() == 1, "{text}");
     }
-    assert_eq!(agent.root_output("echo $SSL_CERT_FILE $NODE_EXTRA_CA_CERTS; cat $NODE_EXTRA_CA_CERTS"), format!("{bundle} /run/stillbox/ca.pem\n{pem}"));
+    assert_eq!(
+        agent.root_output("echo $SSL_CERT_FILE $NODE_EXTRA_CA_CERTS; cat $NODE_EXTRA_CA_CERTS"),
+        format!("{bundle} /run/stillbox/ca.pem\n{pem}")
+    );
     assert_eq!(agent.init(SECRET, &identity()).status, 204);
     assert_eq!(agent.root_output(&format!("cat {bundle}; echo $SSL_CERT_FILE")), "IMAGE\n\n");
 }
@@ -109,7 +119,8 @@ fn the_log_tells_the_host_what_processes_did_and_nobody_else() {
     agent.sh("echo visible; exit 3").collect();
     assert_eq!(agent.logs(NEXT_SECRET, 0).status, 401);
     assert_eq!(agent.get("/stillbox/logs").status, 401);
-    let entries = |cursor| -> Vec<Value> { agent.logs(SECRET, cursor).body.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
+    let entries =
+        |cursor| -> Vec<Value> { agent.logs(SECRET, cursor).body.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
     crate::support::wait_for("the end to be logged", || entries(0).len() == 3);
     let all = entries(0);
     let messages: Vec<&str> = all.iter().map(|entry| entry["message"].as_str().unwrap()).collect();

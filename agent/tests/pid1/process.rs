@@ -35,8 +35,16 @@ fn variables_come_from_user_template_sandbox_and_request_in_rising_order() {
     let mut lines: Vec<&str> = stdout.lines().collect();
     lines.sort_unstable();
     let expected = [
-        "E2B_SANDBOX=true", "E2B_SANDBOX_ID=itest", "E2B_TEMPLATE_ID=base", "HOME=/home/user", "LOGNAME=user", "MORE=request",
-        "PATH=/usr/bin:/bin", "USER=user", "WHERE=template", "WHO=sandbox",
+        "E2B_SANDBOX=true",
+        "E2B_SANDBOX_ID=itest",
+        "E2B_TEMPLATE_ID=base",
+        "HOME=/home/user",
+        "LOGNAME=user",
+        "MORE=request",
+        "PATH=/usr/bin:/bin",
+        "USER=user",
+        "WHERE=template",
+        "WHO=sandbox",
     ];
     assert_eq!(lines, expected);
 }
@@ -135,7 +143,8 @@ fn a_process_is_killed_at_its_deadline_though_its_client_is_gone() {
 #[test]
 fn a_process_outlives_its_client_and_output_that_nobody_saw_is_kept() {
     let agent = Agent::start();
-    let mut stream = agent.sh("echo seen; while [ ! -e go ]; do sleep 0.02; done; echo unseen; while [ ! -e stop ]; do sleep 0.02; done; echo last");
+    let mut stream =
+        agent.sh("echo seen; while [ ! -e go ]; do sleep 0.02; done; echo unseen; while [ ! -e stop ]; do sleep 0.02; done; echo last");
     let selector = pid(stream.pid());
     stream.read_until("seen\n");
     drop(stream);

@@ -213,7 +213,8 @@ impl Reply {
             (!line.is_empty()).then_some(line)
         });
         let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
-        let headers = lines.map(|line| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned())).unwrap()).collect();
+        let headers =
+            lines.map(|line| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned())).unwrap()).collect();
         Reply { status, headers, reader }
     }
 
