@@ -37,7 +37,7 @@ impl Holds {
     }
 
     fn crowded(&self) -> Refusal {
-        Refusal::NoPlace(format!("{} requests wait for sandboxes to wake up; the limit is proxy.waiting_max", self.limit))
+        Refusal::NoPlace(format!("{} requests wait for sandboxes to wake up, the limit is proxy.waiting_max; try again later", self.limit))
     }
 }
 

@@ -6,6 +6,8 @@
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
+mod through_the_proxy;
+#[cfg(test)]
 mod world;
 
 use serde_json::{Value, json};

@@ -24,7 +24,8 @@ const KEY: &str = "e2b_0000000000000000000000000000000000000000";
 /// The server, and a client of it.
 #[derive(Clone)]
 pub(crate) struct World {
-    router: Router,
+    pub(crate) router: Router,
+    pub(crate) registry: Registry,
     runtime: Fake,
     headers: Vec<(&'static str, String)>,
     _folder: Arc<TempDir>,
@@ -51,8 +52,8 @@ impl World {
         let registry = Registry::open(SandboxConfig { running_max, ..core_config(folder.path()) }, InstallKey::random(), store.clone(), Arc::new(runtime.clone())).await.unwrap();
         let templates = Templates::open(template_config(folder.path()), store);
         let config = ApiConfig::new(vec![KEY.to_owned()], "stillbox.localhost:3443");
-        let router = router(ApiState::new(registry, templates, config));
-        Self { router, runtime, headers: vec![("x-api-key", KEY.to_owned())], _folder: folder }
+        let router = router(ApiState::new(registry.clone(), templates, config));
+        Self { router, registry, runtime, headers: vec![("x-api-key", KEY.to_owned())], _folder: folder }
     }
 
     pub(crate) fn without_key(&self) -> Self {

@@ -1,8 +1,8 @@
 //! Sandboxes that are not there, wake up, and go away; and a server that stops.
 
-use super::world::{DOMAIN, Raw, SOON, World, get, mirror, read_head, service, spec, start};
+use super::world::{DOMAIN, Raw, SOON, World, get, mirror, read_head, service, spec, start, start_with};
 use crate::model::{AutoResume, PublicTraffic, SandboxId, Secure};
-use crate::proxy::Switchboard;
+use crate::proxy::{ProxyConfig, Switchboard};
 use crate::sandbox::TokenKind;
 use std::time::{Duration, Instant};
 use tokio::io::AsyncWriteExt;
@@ -120,6 +120,30 @@ async fn traffic_wakes_a_sandbox_only_when_it_may_and_with_the_right_token() {
     assert_eq!(get(&server, &host(49983, open), "/health", &[]).await.0, 200);
     let (status, _, body) = get(&server, &host(8000, sleeps_on), "/", &[]).await;
     assert!(status == 502 && body.contains("was not found"), "{status} {body}");
+}
+
+#[tokio::test]
+async fn requests_wait_for_a_wake_and_only_so_many_at_once() {
+    let world = World::new();
+    let mut wakes = spec();
+    wakes.lifecycle.auto_resume = AutoResume::On;
+    let id = world.add(wakes);
+    world.open_port(id, 8000, mirror().await);
+    world.put_to_sleep(id);
+    world.wakes.send_replace(false);
+    let server = start_with(&world, None, ProxyConfig { waiting_max: 1, ..ProxyConfig::for_domain(DOMAIN) }).await;
+    let host = host(8000, id);
+    let second_then_wake = async {
+        while world.wakes.receiver_count() == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let refused = get(&server, &host, "/", &[]).await;
+        world.wakes.send_replace(true);
+        refused
+    };
+    let (first, (status, _, body)) = tokio::join!(get(&server, &host, "/", &[]), second_then_wake);
+    assert_eq!(first.0, 200);
+    assert!(status == 429 && body.contains("1 requests wait for sandboxes to wake up, the limit is proxy.waiting_max"), "{status} {body}");
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! HTTPS with our own authority.
 
 use super::world::{DOMAIN, World, get_over, mirror, spec, start_with};
+use crate::proxy::ProxyConfig;
 use crate::proxy::tls::{Authority, server_config, write_bundle};
 use rustls_pki_types::ServerName;
 use rustls_pki_types::pem::PemObject;
@@ -31,7 +32,7 @@ async fn clients_that_trust_the_bundle_reach_sandboxes_and_the_api_over_https() 
     let world = World::new();
     let id = world.add(spec());
     world.open_port(id, 8000, mirror().await);
-    let server = start_with(&world, Some(server_config(authority, DOMAIN).unwrap())).await;
+    let server = start_with(&world, Some(server_config(authority, DOMAIN).unwrap()), ProxyConfig::for_domain(DOMAIN)).await;
     let connector = connector(&trusted);
     for name in [format!("8000-{id}.stillbox.localhost"), "api.stillbox.localhost".into(), "localhost".into(), "127.0.0.1".into()] {
         let stream = TcpStream::connect(server.address).await.unwrap();

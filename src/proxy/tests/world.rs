@@ -34,6 +34,8 @@ pub(super) struct Sandbox {
 #[derive(Debug)]
 pub(super) struct World {
     sandboxes: Mutex<HashMap<SandboxId, Sandbox>>,
+    /// Whoever wakes a sandbox waits until this is true.
+    pub(super) wakes: watch::Sender<bool>,
     key: InstallKey,
 }
 
@@ -70,6 +72,9 @@ impl Switchboard for World {
         sandboxes.get(&id).map(|sandbox| Seen { spec: Arc::clone(&sandbox.spec), asleep: sandbox.asleep })
     }
     async fn route(&self, id: SandboxId) -> Result<Arc<dyn Door>, RouteError> {
+        if self.look(id).is_some_and(|seen| seen.asleep) {
+            let _opened = self.wakes.subscribe().wait_for(|open| *open).await.map(|_| ());
+        }
         let mut sandboxes = self.sandboxes.lock().unwrap();
         let sandbox = sandboxes.get_mut(&id).ok_or(UnknownSandbox(id))?;
         if std::mem::take(&mut sandbox.asleep) && sandbox.spec.lifecycle.auto_resume == AutoResume::Off {
@@ -106,7 +111,7 @@ pub(super) fn spec() -> SandboxSpec {
 
 impl World {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { sandboxes: Mutex::default(), key: InstallKey::random() })
+        Arc::new(Self { sandboxes: Mutex::default(), wakes: watch::Sender::new(true), key: InstallKey::random() })
     }
 
     pub(super) fn add(&self, spec: SandboxSpec) -> SandboxId {
@@ -144,13 +149,13 @@ pub(super) struct Server {
 }
 
 pub(super) async fn start(world: &Arc<World>) -> Server {
-    start_with(world, None).await
+    start_with(world, None, ProxyConfig::for_domain(DOMAIN)).await
 }
 
-pub(super) async fn start_with(world: &Arc<World>, tls: Option<Arc<rustls::ServerConfig>>) -> Server {
+pub(super) async fn start_with(world: &Arc<World>, tls: Option<Arc<rustls::ServerConfig>>, config: ProxyConfig) -> Server {
     let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = tcp.local_addr().unwrap();
-    let proxy = Proxy::new(ProxyConfig::for_domain(DOMAIN), Arc::clone(world) as Arc<dyn Switchboard>);
+    let proxy = Proxy::new(config, Arc::clone(world) as Arc<dyn Switchboard>);
     let (stop, stopped) = watch::channel(false);
     let control = tower::service_fn(|_request: Request<Incoming>| async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("control")))) });
     let task = tokio::spawn(serve(Listener { tcp, tls }, proxy, control, stopped));
