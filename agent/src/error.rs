@@ -5,6 +5,8 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use crate::blocking::Lost;
+
 /// An answer that is not a success. Build it with the constructor that fits, or `new` for a rarer status.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -28,6 +30,12 @@ impl HttpError {
 
     pub(crate) fn unauthorized(message: impl Into<String>) -> Self {
         HttpError::new(StatusCode::UNAUTHORIZED, message)
+    }
+}
+
+impl From<Lost> for HttpError {
+    fn from(lost: Lost) -> HttpError {
+        HttpError::internal(lost.to_string())
     }
 }
 

@@ -12,7 +12,8 @@
 //!   module. `users` parses /etc/passwd and /etc/group itself; nothing resolves names.
 //! * **CRIU dumps this process at any moment**: epoll, pipes, PTYs, inotify and sockets only; no io_uring, no
 //!   userfaultfd. Timers run on CLOCK_MONOTONIC, since the wall clock jumps at a restore.
-//! * **One thread** runs everything that forks or waits; file work that may block goes to tokio's blocking pool.
+//! * **One thread** runs everything that forks or waits; file work that may block goes to the threads of `blocking`,
+//!   never to tokio's pool, which panics when the sandbox has run out of processes.
 //! * It starts generic. What names one sandbox arrives by `/init` and may be replaced by a later `/init`.
 //!
 //! RPC is the crate `connectrpc`, chosen after a trial over some 600 lines of our own on axum: it speaks the exact
@@ -26,6 +27,8 @@ pub mod wire;
 
 #[cfg(feature = "agent")]
 mod auth;
+#[cfg(feature = "agent")]
+mod blocking;
 #[cfg(feature = "agent")]
 mod error;
 #[cfg(feature = "agent")]

@@ -13,6 +13,7 @@ use axum::Json;
 use axum::extract::State;
 use tokio::time::Instant;
 
+use crate::blocking;
 use crate::error::HttpError;
 use crate::state::{Agent, Identity};
 use crate::wire::Metrics;
@@ -50,8 +51,7 @@ impl CpuMeter {
 pub(crate) async fn get(State(agent): State<Arc<Agent>>) -> Result<Json<Metrics>, HttpError> {
     let identity = agent.identity();
     // Reading /proc takes longer the more processes there are.
-    let work = tokio::task::spawn_blocking(move || measure(&agent.cpu_meter, &identity));
-    work.await.map(Json).map_err(|error| HttpError::internal(error.to_string()))
+    Ok(Json(blocking::run(move || measure(&agent.cpu_meter, &identity)).await?))
 }
 
 fn measure(meter: &CpuMeter, identity: &Identity) -> Metrics {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::serve::ListenerExt as _;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
+use crate::blocking;
 use crate::http;
 use crate::process::reaper::Reaper;
 use crate::state::Agent;
@@ -37,6 +38,7 @@ pub fn listen(port: u16) -> Result<TcpListener, ServeError> {
 /// Serves on `listener`; `path` is the PATH of processes that are given none. Returns only on failure.
 pub fn serve(control_secret: String, path: String, listener: TcpListener) -> Result<(), ServeError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Runtime)?;
+    blocking::start().map_err(ServeError::Runtime)?;
     runtime.block_on(async {
         let agent = Agent::new(control_secret, path);
         let child_died = Reaper::listen().map_err(ServeError::Runtime)?;

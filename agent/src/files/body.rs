@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 
+use crate::blocking::{self, Lost};
 use crate::memory;
 
 /// Chunks on their way: enough to keep both sides busy, and a quarter of a megabyte at most.
@@ -38,12 +39,10 @@ pub(crate) struct BodyReader {
 pub(crate) async fn consume<T: Send + 'static>(
     body: Body,
     work: impl FnOnce(BodyReader) -> T + Send + 'static,
-) -> Result<T, tokio::task::JoinError> {
+) -> Result<T, Lost> {
     let (sender, pieces) = mpsc::channel(CHUNKS_MAX);
     let reader = BodyReader { pieces, current: Bytes::new(), ended: false };
-    let worker = tokio::task::spawn_blocking(move || work(reader));
-    feed(body, sender).await;
-    let result = worker.await;
+    let (result, ()) = tokio::join!(blocking::run(move || work(reader)), feed(body, sender));
     memory::release_later();
     result
 }
@@ -107,7 +106,7 @@ impl BodyWriter {
 /// A response body that `produce` writes on a blocking thread, which ends early when the client goes away.
 pub(crate) fn produced(produce: impl FnOnce(BodyWriter) + Send + 'static) -> Body {
     let (chunks, receiver) = mpsc::channel(CHUNKS_MAX);
-    tokio::task::spawn_blocking(move || {
+    blocking::begin(move || {
         produce(BodyWriter { chunks });
         memory::release_later();
     });

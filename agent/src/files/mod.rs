@@ -1,6 +1,6 @@
 //! The plain HTTP side of files: GET and POST /files, POST /files/compose.
 //!
-//! The handlers here find out who asks and for what; the work is blocking and happens on tokio's blocking pool, in
+//! The handlers here find out who asks and for what; the work is blocking and happens on blocking threads, in
 //! modules that read and write plain streams:
 //!
 //! ```text
@@ -38,6 +38,7 @@ use axum::{Json, Router};
 use serde::Deserialize;
 
 use crate::auth::{self, HeaderAccess};
+use crate::blocking;
 use crate::error::HttpError;
 use crate::filesystem::metadata;
 use crate::paths;
@@ -78,7 +79,7 @@ async fn read(
     let path = parameters.path.as_deref().unwrap_or_default();
     let path = paths::resolve(path, &user, &identity.default_workdir)
         .map_err(|error| HttpError::bad_request(error.to_string()))?;
-    let download = blocking(move || download::open(&path, wish(&headers))).await??;
+    let download = blocking::run(move || download::open(&path, wish(&headers))).await??;
     Ok(download.into_response())
 }
 
@@ -103,7 +104,7 @@ async fn write(
         declared_bytes: text(&headers, CONTENT_LENGTH).and_then(|length| length.parse().ok()),
     };
     let work = move |body| upload.run(body, &|| agent.watchers.settle());
-    let written = body::consume(body, work).await.map_err(lost)??;
+    let written = body::consume(body, work).await??;
     Ok(Json(written))
 }
 
@@ -117,7 +118,7 @@ async fn join(
     let identity = agent.identity();
     let user = auth::user_or(&identity, &headers, request.username.as_deref())?;
     let compose = Compose::resolve(&request, &user, &identity.default_workdir)?;
-    Ok(Json(blocking(move || compose.run(&|| agent.watchers.settle())).await??))
+    Ok(Json(blocking::run(move || compose.run(&|| agent.watchers.settle())).await??))
 }
 
 fn malformed(rejection: QueryRejection) -> HttpError {
@@ -190,15 +191,6 @@ fn wish(headers: &HeaderMap) -> Wish<'_> {
 
 fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
-}
-
-/// Runs file work where it may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, HttpError> {
-    tokio::task::spawn_blocking(work).await.map_err(lost)
-}
-
-fn lost(_: tokio::task::JoinError) -> HttpError {
-    HttpError::new(StatusCode::INTERNAL_SERVER_ERROR, "the file operation was lost")
 }
 
 /// An error with its causes: the client is all there is to read them.

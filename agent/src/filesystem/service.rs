@@ -10,12 +10,12 @@ use buffa::MessageField;
 use buffa_types::google::protobuf::Timestamp;
 use connectrpc::{ConnectError, ErrorCode, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use futures_util::Stream;
-use tokio::task::spawn_blocking;
 
 use super::entry::{Entry, Kind};
 use super::ops::{self, EnsureError, ListError, MakeDirError, MoveError, Owner, RemoveError, StatError};
 use super::watch::{Depth, EventKind, NetworkMounts, WatchError};
 use super::watchers::{Change, Entries, Options, Subscription, WatcherError};
+use crate::blocking;
 use crate::files::describe;
 use crate::memory;
 use crate::paths;
@@ -70,18 +70,18 @@ impl Service {
             agent.watchers.settle();
             result
         };
-        blocking(and_settle).await
+        run(and_settle).await
     }
 }
 
-async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ConnectError>
+async fn run<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ConnectError>
 where
     T: Send + 'static,
     E: Into<ConnectError> + Send + 'static,
 {
-    match spawn_blocking(work).await {
+    match blocking::run(work).await {
         Ok(result) => result.map_err(Into::into),
-        Err(_) => Err(ConnectError::internal("the file operation was lost")),
+        Err(lost) => Err(ConnectError::internal(lost.to_string())),
     }
 }
 
@@ -89,7 +89,7 @@ where
 impl Filesystem for Service {
     async fn stat(&self, ctx: RequestContext, request: ServiceRequest<'_, StatRequest>) -> ServiceResult<StatResponse> {
         let path = self.asker(&ctx)?.resolve(request.path)?;
-        let entry = blocking(move || ops::stat(&path, &Names::read())).await?;
+        let entry = run(move || ops::stat(&path, &Names::read())).await?;
         Response::ok(StatResponse { entry: message(entry), ..Default::default() })
     }
 
@@ -118,7 +118,7 @@ impl Filesystem for Service {
     ) -> ServiceResult<ListDirResponse> {
         let path = self.asker(&ctx)?.resolve(request.path)?;
         let depth = request.depth;
-        let entries = blocking(move || ops::list_dir(&path, depth, &Names::read())).await?;
+        let entries = run(move || ops::list_dir(&path, depth, &Names::read())).await?;
         let entries = entries.into_iter().map(EntryInfo::from).collect();
         memory::release_later();
         Response::ok(ListDirResponse { entries, ..Default::default() })
@@ -130,7 +130,7 @@ impl Filesystem for Service {
         request: ServiceRequest<'_, RemoveRequest>,
     ) -> ServiceResult<RemoveResponse> {
         let path = self.asker(&ctx)?.resolve(request.path)?;
-        blocking(move || ops::remove(&path)).await?;
+        run(move || ops::remove(&path)).await?;
         Response::ok(RemoveResponse::default())
     }
 
@@ -362,7 +362,7 @@ impl From<WatcherError> for ConnectError {
             WatcherError::Overflow => ConnectError::data_loss(error.to_string()),
             WatcherError::TooMany => ConnectError::resource_exhausted(error.to_string()),
             WatcherError::Unknown { .. } => ConnectError::not_found(error.to_string()),
-            WatcherError::Lost => ConnectError::internal(error.to_string()),
+            WatcherError::Lost(_) | WatcherError::Random(_) => ConnectError::internal(describe(&error)),
         }
     }
 }

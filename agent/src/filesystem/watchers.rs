@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::JoinHandle;
 
 use super::entry::Entry;
 use super::watch::{Depth, Event, EventKind, Left, NetworkMounts, Watch, WatchError};
+use crate::blocking::{self, Lost};
 use crate::users::Names;
 
 /// Changes that wait for their reader, in one watch.
@@ -54,8 +55,10 @@ pub(crate) enum WatcherError {
     TooMany,
     #[error("watcher with id {id} not found")]
     Unknown { id: String },
-    #[error("the watcher was lost")]
-    Lost,
+    #[error(transparent)]
+    Lost(#[from] Lost),
+    #[error("no random bytes for an id")]
+    Random(#[source] rustix::io::Errno),
 }
 
 impl From<WatchError> for WatcherError {
@@ -76,9 +79,7 @@ impl Watchers {
     /// Starts a watch that lives as long as the returned handle. Changes after this are reported.
     pub(crate) async fn subscribe(&self, root: &Path, options: Options) -> Result<Subscription, WatcherError> {
         let root = root.to_owned();
-        let watch = spawn_blocking(move || Watch::open(&root, options.depth, options.mounts))
-            .await
-            .map_err(|_| WatcherError::Lost)??;
+        let watch = blocking::run(move || Watch::open(&root, options.depth, options.mounts)).await??;
         let subscription = Subscription::start(watch, options.entries)?;
         let mut live = lock(&self.live);
         live.retain(|shared| shared.strong_count() > 0);
@@ -94,7 +95,7 @@ impl Watchers {
         let subscription = self.subscribe(root, options).await?;
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(|_| WatcherError::Lost)?;
+            .map_err(WatcherError::Random)?;
         let id = format!("w{:016x}", u64::from_ne_bytes(random));
         lock(&self.polled).insert(id.clone(), subscription);
         Ok(id)
@@ -106,7 +107,7 @@ impl Watchers {
             Some(subscription) => Arc::clone(&subscription.shared),
             None => return Err(WatcherError::Unknown { id: id.to_owned() }),
         };
-        spawn_blocking(move || shared.take()).await.map_err(|_| WatcherError::Lost)?
+        blocking::run(move || shared.take()).await?
     }
 
     pub(crate) fn remove(&self, id: &str) -> Result<(), WatcherError> {
@@ -260,7 +261,7 @@ async fn pump(shared: Arc<Shared>, readiness: AsyncFd<OwnedFd>) {
         // Before draining: what comes while we drain makes it ready again.
         ready.clear_ready();
         let draining = Arc::clone(&shared);
-        if spawn_blocking(move || draining.drain_all()).await.is_err() || lock(&shared.queue).failed.is_some() {
+        if blocking::run(move || draining.drain_all()).await.is_err() || lock(&shared.queue).failed.is_some() {
             return;
         }
     }

@@ -6,4 +6,6 @@ mod files;
 #[cfg(test)]
 mod filesystem;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
 mod support;

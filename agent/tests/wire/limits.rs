@@ -1,0 +1,56 @@
+//! The agent where the sandbox has run out of something.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::support::{Agent, wait_for};
+
+/// A cgroup that allows no process or thread beyond those that are in it.
+struct Full {
+    path: PathBuf,
+}
+
+impl Full {
+    fn around(agent: &Agent) -> Full {
+        let controller = Path::new("/sys/fs/cgroup/pids");
+        let root = if controller.exists() { controller } else { Path::new("/sys/fs/cgroup") };
+        let full = Full { path: root.join(format!("stillbox-agent-test-{}", agent.pid())) };
+        fs::create_dir(&full.path).unwrap();
+        full.write("cgroup.procs", &agent.pid().to_string());
+        full.write("pids.max", "0");
+        full
+    }
+
+    fn write(&self, file: &str, value: &str) {
+        fs::write(self.path.join(file), value).unwrap();
+    }
+
+    fn threads(&self) -> String {
+        fs::read_to_string(self.path.join("pids.current")).unwrap()
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        // Empty as soon as the agent is reaped, which its own drop has done by now.
+        drop(fs::remove_dir(&self.path));
+    }
+}
+
+#[test]
+fn files_are_served_when_no_thread_can_be_had() {
+    // Dropped in the reverse order: first the agent ends, then its cgroup goes.
+    let full;
+    let agent = Agent::start();
+    full = Full::around(&agent);
+    wait_for("idle threads to go", || full.threads().trim() == "2");
+    for number in 0..20 {
+        let path = format!("f{number}");
+        assert_eq!(agent.put(&path, "content").status, 200);
+        assert_eq!(agent.ok("Stat", json!({ "path": path }))["entry"]["size"], "7");
+    }
+    assert_eq!(agent.get("/metrics").status, 200);
+    assert_eq!(full.threads().trim(), "2", "the one that serves and the one that stays");
+}
