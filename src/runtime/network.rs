@@ -14,24 +14,32 @@
 //! What outlives the process: links `sb<instance><slot>`, the nft table `stillbox_<instance>` (in the host's netns and in
 //! each slot), pins and policies below `data_dir/netns/`, an unreachable route that claims the instance's subnet.
 
+mod dns;
 mod foreign;
+mod gate;
 mod host;
 mod inner;
 mod links;
+mod names;
 mod nft;
 mod pool;
 mod record;
 mod rules;
+mod services;
 mod slot;
+mod sniff;
+mod socks;
 mod subnet;
 
 pub use inner::InnerNetwork;
 
 use crate::model::{InstanceId, NetworkPolicy, SandboxId};
 use crate::sys::netns::{Netns, SocketFactory, SocketKind};
+use dns::Upstreams;
 use host::{Host, Leftovers};
-use pool::{Pool, Taken};
+use pool::{Lent, Pool, Taken};
 use record::Record;
+use services::{Services, View};
 use slot::{Slot, SlotPlan};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -152,6 +160,7 @@ struct Shared {
     /// Netlink in the host's netns.
     links: rtnetlink::Handle,
     sockets: SocketFactory,
+    upstreams: Arc<Upstreams>,
     pool: Pool,
 }
 
@@ -175,23 +184,19 @@ impl Network {
         let (connection, links, _) = rtnetlink::new_connection().map_err(step("opening a netlink socket"))?;
         tokio::spawn(connection);
         let sockets = SocketFactory::start().map_err(step("starting the socket factory"))?;
-        let plan = SlotPlan { instance, home, pins, addresses: host.addresses, inner: INNER_ADDRESS, mtu: host.mtu };
+        let (inner, gateway) = (INNER_ADDRESS, INNER_GATEWAY);
+        let plan = SlotPlan { instance, home, pins, addresses: host.addresses, inner, gateway, mtu: host.mtu };
+        let upstreams = Arc::new(Upstreams::new(config.dns_upstreams.clone()));
         let pool = Pool::new(config.slots_max.min(host.addresses.slots()), found);
-        let shared = Arc::new(Shared { config, plan, host, links, sockets, pool });
+        let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, pool });
         shared.pool.spawn(Arc::clone(&shared).keep_filled());
         Ok(Self { shared })
     }
 
     /// Whether this server can enforce `policy`: the typed refusal for the API, before anything is made.
     pub fn check(policy: &NetworkPolicy) -> Result<(), NetworkError> {
-        if policy.egress_proxy.is_some() {
-            return Err(NetworkError::Unsupported { field: "network.egressProxy" });
-        }
         if !policy.rules.is_empty() {
             return Err(NetworkError::Unsupported { field: "network.rules" });
-        }
-        if rules::has_domains(policy) {
-            return Err(NetworkError::Unsupported { field: "network.allowOut with a domain" });
         }
         Ok(())
     }
@@ -200,14 +205,17 @@ impl Network {
     pub async fn lease(&self, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<SlotLease, NetworkError> {
         Self::check(policy)?;
         let slot = self.shared.take_slot().await?;
-        let number = slot.number;
-        let dressed = self.shared.dress(&slot, sandbox, policy).await;
-        self.shared.pool.lend(slot);
-        if let Err(error) = dressed {
-            self.release(number).await?;
-            return Err(error);
+        match self.shared.dress(&slot, sandbox, policy).await {
+            Ok(services) => {
+                let number = slot.number;
+                self.shared.pool.lend(Lent { slot, services });
+                Ok(self.shared.lease_of(number))
+            }
+            Err(error) => {
+                self.shared.pool.spawn(Arc::clone(&self.shared).recycle(slot));
+                Err(error)
+            }
         }
-        Ok(self.shared.lease_of(number))
     }
 
     /// Takes over the slot of a sandbox that an earlier server left running, with the rules that it had.
@@ -217,12 +225,14 @@ impl Network {
             let record = Record::read(&plan.pins, slot)?;
             Ok((Slot::find(&plan, slot)?, record))
         });
-        match found.await {
-            Ok((found, record)) if record.sandbox == sandbox => self.shared.pool.lend(found),
+        let (found, record) = match found.await {
+            Ok((found, record)) if record.sandbox == sandbox => (found, record),
             Ok(_) => return Err(NetworkError::Gone { slot }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(NetworkError::Gone { slot }),
             Err(error) => return Err(step("taking over a network slot")(error)),
-        }
+        };
+        let services = self.shared.serve(&found, &record.policy).await?;
+        self.shared.pool.lend(Lent { slot: found, services });
         Ok(self.shared.lease_of(slot))
     }
 
@@ -235,10 +245,11 @@ impl Network {
     /// Replaces the egress rules of a leased slot at once; connections that are open go on.
     pub async fn set_policy(&self, slot: u32, policy: &NetworkPolicy) -> Result<(), NetworkError> {
         Self::check(policy)?;
-        let lent = self.shared.pool.lent(slot).ok_or(NetworkError::Gone { slot })?;
+        let (lent, view) = self.shared.pool.lent(slot).ok_or(NetworkError::Gone { slot })?;
         let (plan, policy) = (self.shared.plan.clone(), policy.clone());
         blocking(move || {
             lent.apply_policy(plan.instance, &policy)?;
+            view.send_replace(View::of(&policy));
             Record::read(&plan.pins, slot).and_then(|record| Record { policy, ..record }.write(&plan.pins, slot))
         })
         .await
@@ -262,8 +273,12 @@ impl Network {
 
     /// Gives a slot back; it is recycled in the background. Succeeds when it is not leased.
     pub async fn release(&self, slot: u32) -> Result<(), NetworkError> {
-        if let Some(slot) = self.shared.pool.take_back(slot) {
-            self.shared.pool.spawn(Arc::clone(&self.shared).recycle(slot));
+        if let Some(Lent { slot, services }) = self.shared.pool.take_back(slot) {
+            let shared = Arc::clone(&self.shared);
+            self.shared.pool.spawn(async move {
+                services.stop().await;
+                shared.recycle(slot).await;
+            });
         }
         Ok(())
     }
@@ -276,9 +291,14 @@ impl Network {
         Ok(())
     }
 
-    /// Empties the pool. The host's rules, the subnet and forwarding go with the last slot: leased ones keep them.
+    /// Empties the pool and ends what is served inside slots. The host's rules, the subnet and forwarding go with the
+    /// last slot: leased ones keep them, and their sandboxes the way out.
     pub async fn close(&self) {
-        for slot in self.shared.pool.close().await {
+        let (ready, lent) = self.shared.pool.close().await;
+        for Lent { services, .. } in lent {
+            services.stop().await;
+        }
+        for slot in ready {
             if let Err(error) = self.shared.remove(slot.number).await {
                 warn!(slot = slot.number, error = &error as &dyn std::error::Error, "Could not remove network slot {}", slot.number);
             }
@@ -334,7 +354,7 @@ impl Shared {
     }
 
     /// Writes down whose slot it is before it is used, and puts the policy in force.
-    async fn dress(&self, slot: &Slot, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<(), NetworkError> {
+    async fn dress(&self, slot: &Slot, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
         let record = Record { sandbox, policy: policy.clone() };
         record.write(&self.plan.pins, slot.number).map_err(step("writing down a network slot's owner"))?;
         slot.label(&self.links, Some(sandbox)).await.map_err(step("naming a network slot's link"))?;
@@ -342,7 +362,12 @@ impl Shared {
             let (slot, instance, policy) = (slot.clone(), self.plan.instance, record.policy);
             blocking(move || slot.apply_policy(instance, &policy)).await.map_err(step("writing a sandbox's egress rules"))?;
         }
-        Ok(())
+        self.serve(slot, policy).await
+    }
+
+    async fn serve(&self, slot: &Slot, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
+        let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), &self.sockets);
+        started.await.map_err(step("starting a network slot's services"))
     }
 
     /// Makes a slot as new, for the next one; what cannot be reset is removed.

@@ -206,7 +206,7 @@ fn iptables(program: &str, verb: &str, rule: &[String]) -> io::Result<std::proce
 
 /// Tables of the legacy, pre-nft iptables in this netns; empty where that is not in use.
 fn legacy_tables() -> String {
-    std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default()
+    std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap_or_default()
 }
 
 /// Somebody translates addresses by legacy iptables.

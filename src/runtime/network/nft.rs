@@ -264,10 +264,6 @@ pub(super) fn goto(chain: &'static str) -> Stmt {
     Statement::Goto(JumpTarget { target: chain.into() })
 }
 
-pub(super) fn go_back() -> Stmt {
-    Statement::Return(None)
-}
-
 pub(super) fn masquerade() -> Stmt {
     Statement::Masquerade(None)
 }

@@ -5,10 +5,11 @@
 //!  found from an earlier server ──> lent (adopted), or removed (swept)
 //! ```
 
+use super::services::{Services, View};
 use super::slot::Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 #[derive(Debug)]
@@ -20,13 +21,20 @@ pub(super) struct Pool {
     background: Mutex<JoinSet<()>>,
 }
 
+/// A slot in somebody's hands, and what it serves there.
+#[derive(Debug)]
+pub(super) struct Lent {
+    pub(super) slot: Slot,
+    pub(super) services: Services,
+}
+
 #[derive(Debug, Default)]
 struct State {
     is_closed: bool,
     /// All numbers that are not free, in whatever stage.
     used: BTreeSet<u32>,
     ready: Vec<Slot>,
-    lent: BTreeMap<u32, Slot>,
+    lent: BTreeMap<u32, Lent>,
     found: BTreeSet<u32>,
 }
 
@@ -112,17 +120,18 @@ impl Pool {
         false
     }
 
-    pub(super) fn lend(&self, slot: Slot) {
+    pub(super) fn lend(&self, lent: Lent) {
         let mut state = lock(&self.state);
-        state.found.remove(&slot.number);
-        state.lent.insert(slot.number, slot);
+        state.found.remove(&lent.slot.number);
+        state.lent.insert(lent.slot.number, lent);
     }
 
-    pub(super) fn lent(&self, number: u32) -> Option<Slot> {
-        lock(&self.state).lent.get(&number).cloned()
+    /// A lent slot and where its services are told of a new policy.
+    pub(super) fn lent(&self, number: u32) -> Option<(Slot, watch::Sender<View>)> {
+        lock(&self.state).lent.get(&number).map(|lent| (lent.slot.clone(), lent.services.view()))
     }
 
-    pub(super) fn take_back(&self, number: u32) -> Option<Slot> {
+    pub(super) fn take_back(&self, number: u32) -> Option<Lent> {
         lock(&self.state).lent.remove(&number)
     }
 
@@ -139,13 +148,14 @@ impl Pool {
         lock(&self.state).found.iter().copied().filter(|number| !keep.contains(number)).collect()
     }
 
-    /// Waits for everything in the background, then hands out what is ready.
-    pub(super) async fn close(&self) -> Vec<Slot> {
+    /// Waits for everything in the background, then hands out what is ready and what is lent; the latter stays in use.
+    pub(super) async fn close(&self) -> (Vec<Slot>, Vec<Lent>) {
         lock(&self.state).is_closed = true;
         self.changed.notify_one();
         let mut background = std::mem::take(&mut *lock(&self.background));
         while background.join_next().await.is_some() {}
-        std::mem::take(&mut lock(&self.state).ready)
+        let mut state = lock(&self.state);
+        (std::mem::take(&mut state.ready), std::mem::take(&mut state.lent).into_values().collect())
     }
 
     /// Whether any slot is left.

@@ -41,7 +41,8 @@ impl Record {
     /// Whether its rules are those that every slot has from the start.
     pub(super) fn has_default_rules(&self) -> bool {
         let policy = &self.policy;
-        policy.allow_internet_access != Some(false) && policy.deny_out.is_empty() && policy.allow_out.is_empty()
+        let is_default_egress = policy.deny_out.is_empty() && policy.allow_out.is_empty() && policy.egress_proxy.is_none();
+        policy.allow_internet_access != Some(false) && is_default_egress
     }
 }
 

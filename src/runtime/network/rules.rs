@@ -173,6 +173,8 @@ pub(super) struct SlotRules<'a> {
     pub(super) instance: InstanceId,
     /// The sandbox's address, the only source there may be.
     pub(super) inner: Ipv4Addr,
+    /// The slot's address towards the sandbox: what is sent there is never redirected.
+    pub(super) gateway: Ipv4Addr,
     /// The slot's name on the link to the sandbox.
     pub(super) inner_link: &'a str,
 }
@@ -186,7 +188,8 @@ impl SlotRules<'_> {
         self.input(&mut table);
         table.chain("redirects");
         table.base_chain("prerouting", nat(NfHook::Prerouting, DSTNAT_PRIORITY));
-        table.rule("prerouting", vec![self.from_sandbox(), jump("redirects")]);
+        let beyond_the_gateway = is_not(destination(), nft::text(self.gateway));
+        table.rule("prerouting", vec![self.from_sandbox(), beyond_the_gateway, jump("redirects")]);
         table.base_chain("postrouting", nat(NfHook::Postrouting, SRCNAT_PRIORITY));
         table.rule("postrouting", vec![goes_to(SLOT_OUTER_LINK), nft::masquerade()]);
         fill_policy(&mut table, &NetworkPolicy::default());
@@ -237,22 +240,48 @@ pub(super) fn policy_transaction(instance: InstanceId, policy: &NetworkPolicy) -
     table
 }
 
+/// What a policy's blocks come down to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Egress {
+    /// `0.0.0.0/0` is allowed, which beats every denial.
+    Everything,
+    AllButDenied,
+    OnlyAllowed,
+}
+
+impl Egress {
+    fn of(policy: &NetworkPolicy, allowed: &[Block], denied: &[Block]) -> Self {
+        let is_everything = |block: &Block| block.prefix == 0;
+        if allowed.iter().any(is_everything) {
+            Self::Everything
+        } else if policy.denies_everything() || denied.iter().any(is_everything) {
+            Self::OnlyAllowed
+        } else {
+            Self::AllButDenied
+        }
+    }
+}
+
 fn fill_policy(table: &mut Transaction, policy: &NetworkPolicy) {
     let allowed = blocks(&policy.allow_out);
     let denied = blocks(&policy.deny_out);
-    let is_everything = |block: &Block| block.prefix == 0;
+    let egress = Egress::of(policy, &allowed, &denied);
     table.address_set("allowed", ranges(&without_everything(&allowed)));
     table.address_set("denied", ranges(&without_everything(&denied)));
     table.rule("egress", vec![is(destination(), in_set("allowed")), accept()]);
-    let all_denied = policy.denies_everything() || denied.iter().any(is_everything);
-    if allowed.iter().any(is_everything) {
-        table.rule("egress", vec![accept()]);
-    } else {
-        table.rule("egress", vec![is(destination(), in_set("denied")), goto("refuse")]);
-        table.rule("egress", vec![if all_denied { goto("refuse") } else { accept() }]);
+    match egress {
+        Egress::Everything => table.rule("egress", vec![accept()]),
+        Egress::AllButDenied => {
+            table.rule("egress", vec![is(destination(), in_set("denied")), goto("refuse")]);
+            table.rule("egress", vec![accept()]);
+        }
+        Egress::OnlyAllowed => table.rule("egress", vec![goto("refuse")]),
     }
     if has_domains(policy) {
         redirect_named(table);
+    }
+    if policy.egress_proxy.is_some() {
+        redirect_allowed(table, egress);
     }
 }
 
@@ -261,9 +290,25 @@ fn redirect_named(table: &mut Transaction) {
         let to_dns = is(nft::port_of(protocol), Expr::Number(DNS_PORT.into()));
         table.rule("redirects", vec![is(destination(), nft::text(IMPLICIT_RESOLVER)), to_dns, nft::redirect_to(DNS_PORT)]);
     }
-    table.rule("redirects", vec![is(destination(), in_set("allowed")), nft::go_back()]);
     let named = nft::any_of(NAMED_PORTS.map(|port| Expr::Number(port.into())));
-    table.rule("redirects", vec![is(nft::port_of("tcp"), named), nft::redirect_to(GATE_PORT)]);
+    table.rule("redirects", vec![
+        is_not(destination(), in_set("allowed")),
+        is(nft::port_of("tcp"), named),
+        nft::redirect_to(GATE_PORT),
+    ]);
+}
+
+/// What may leave leaves through the proxy; what may not is left to the refusals of `egress`.
+fn redirect_allowed(table: &mut Transaction, egress: Egress) {
+    let to_gate = || vec![nft::protocol("tcp"), nft::redirect_to(GATE_PORT)];
+    table.rule("redirects", [vec![is(destination(), in_set("allowed"))], to_gate()].concat());
+    match egress {
+        Egress::Everything => table.rule("redirects", to_gate()),
+        Egress::AllButDenied => {
+            table.rule("redirects", [vec![is_not(destination(), in_set("denied"))], to_gate()].concat());
+        }
+        Egress::OnlyAllowed => {}
+    }
 }
 
 /// Whether names decide: then questions are filtered and the gate is in the way.

@@ -28,7 +28,9 @@ pub(super) struct SlotPlan {
     /// Folder of the pins.
     pub(super) pins: PathBuf,
     pub(super) addresses: AddressPlan,
+    /// The address inside every sandbox, and the slot's beside it.
     pub(super) inner: Ipv4Addr,
+    pub(super) gateway: Ipv4Addr,
     pub(super) mtu: u32,
 }
 
@@ -136,7 +138,7 @@ pub(super) fn on_netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> 
 }
 
 fn slot_rules(plan: &SlotPlan) -> SlotRules<'static> {
-    SlotRules { instance: plan.instance, inner: plan.inner, inner_link: SLOT_INNER_LINK.0 }
+    SlotRules { instance: plan.instance, inner: plan.inner, gateway: plan.gateway, inner_link: SLOT_INNER_LINK.0 }
 }
 
 async fn link_inside(plan: &SlotPlan, number: u32, name: &str, inside: &Handle) -> io::Result<()> {

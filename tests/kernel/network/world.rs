@@ -1,8 +1,9 @@
 //! A world of one's own for a test: a host in a netns, an internet behind it, and sandboxes.
 
+use super::internet;
 use std::future::Future;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use tokio::runtime::Runtime;
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// The host's address towards its private network.
 pub(crate) const HOST_LAN: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
-/// Machines that answer on port 80 and 443 with the address of who asked.
+/// Machines that answer on port 80 and 443 with the address of who asked, and which of them was asked.
 pub(crate) const ONE: Ipv4Addr = Ipv4Addr::new(1, 1, 1, 1);
 pub(crate) const EIGHT: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 pub(crate) const NINE: Ipv4Addr = Ipv4Addr::new(9, 9, 9, 9);
@@ -28,14 +29,17 @@ const POLL: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) struct World {
     folder: tempfile::TempDir,
-    internet: Netns,
 }
 
 /// Runs `test` on threads that live in a host of their own.
 pub(crate) fn in_own_world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send + 'static) {
+    // What the server logs belongs to the failure.
+    let _another_test_was_first = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::DEBUG).try_init();
     let host = std::thread::spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip("link set lo up");
+        // A new netns takes this over from the machine's first one.
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
         let world = World::new();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(test(world));
@@ -61,6 +65,8 @@ impl World {
                 }
                 serve("0.0.0.0:80");
                 serve("0.0.0.0:443");
+                internet::serve_names();
+                internet::serve_socks();
                 Ok(())
             })
             .unwrap();
@@ -69,11 +75,7 @@ impl World {
         ip("link set wan up");
         ip("route add default via 198.51.100.1");
         ip(&format!("route add {LAN_MACHINE} via 198.51.100.1"));
-        Self { folder, internet }
-    }
-
-    pub(crate) fn internet(&self) -> &Netns {
-        &self.internet
+        Self { folder }
     }
 
     /// A data folder by name; the same name is the same folder.
@@ -84,7 +86,7 @@ impl World {
     }
 
     pub(crate) async fn network(&self, instance: &str) -> Network {
-        self.network_with(instance, NetworkConfig { pool_slots: 1, ..NetworkConfig::default() }).await
+        self.network_with(instance, NetworkConfig { pool_slots: 1, dns_upstreams: vec![EIGHT.into()], ..NetworkConfig::default() }).await
     }
 
     pub(crate) async fn network_with(&self, instance: &str, config: NetworkConfig) -> Network {
@@ -185,16 +187,23 @@ impl Drop for Sandbox {
 }
 
 fn ask(address: SocketAddr) -> io::Result<Ipv4Addr> {
+    let answer = say(address, b"?")?;
+    let (asker, _asked) = answer.split_once(' ').ok_or_else(|| io::Error::other(answer.clone()))?;
+    asker.parse().map_err(io::Error::other)
+}
+
+/// All that `address` answers to `words`.
+pub(crate) fn say(address: SocketAddr, words: &[u8]) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    stream.write_all(b"?")?;
+    stream.write_all(words)?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    answer.parse().map_err(io::Error::other)
+    Ok(answer)
 }
 
 /// Serves in the netns of the calling thread, until the test process ends: answers each question with the asker's
-/// address.
+/// address and its own.
 pub(crate) fn serve(address: &str) {
     let listener = TcpListener::bind(address).unwrap();
     std::thread::spawn(move || {
@@ -205,25 +214,9 @@ pub(crate) fn serve(address: &str) {
 }
 
 fn answer(mut stream: TcpStream) -> io::Result<()> {
-    let mut question = [0];
-    stream.read_exact(&mut question)?;
-    let peer = match stream.peer_addr()?.ip() {
-        IpAddr::V6(address) => address.to_ipv4_mapped().map_or(IpAddr::V6(address), IpAddr::V4),
-        address => address,
-    };
-    stream.write_all(peer.to_string().as_bytes())
-}
-
-/// What a UDP question to `server` is answered with, asked from the calling thread's netns.
-pub(crate) fn ask_udp(server: SocketAddr, question: &[u8]) -> io::Result<Vec<u8>> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.connect(server)?;
-    socket.send(question)?;
-    let mut answer = vec![0; 4096];
-    let length = socket.recv(&mut answer)?;
-    answer.truncate(length);
-    Ok(answer)
+    stream.read(&mut [0; 4096])?;
+    let (asker, asked) = (stream.peer_addr()?.ip(), stream.local_addr()?.ip());
+    stream.write_all(format!("{asker} {asked}").as_bytes())
 }
 
 /// Runs `ip` in the netns of the calling thread.

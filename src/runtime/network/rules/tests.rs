@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::EgressProxy;
 use crate::runtime::network::inner::SLOT_INNER_LINK;
 use nftables::schema::Nftables;
 
@@ -7,7 +8,7 @@ fn instance() -> InstanceId {
 }
 
 fn slot() -> SlotRules<'static> {
-    SlotRules { instance: instance(), inner: Ipv4Addr::new(10, 254, 0, 2), inner_link: SLOT_INNER_LINK.0 }
+    SlotRules { instance: instance(), inner: Ipv4Addr::new(10, 254, 0, 2), gateway: Ipv4Addr::new(10, 254, 0, 1), inner_link: SLOT_INNER_LINK.0 }
 }
 
 fn policy(allow: &[&str], deny: &[&str]) -> NetworkPolicy {
@@ -44,6 +45,13 @@ fn a_policy_of_blocks_is_as_written_down() {
 fn a_policy_of_domains_is_as_written_down() {
     let policy = policy(&["*.example.com", "1.1.1.1"], &["0.0.0.0/0"]);
     assert_golden("domains.json", include_str!("domains.json"), &policy_transaction(instance(), &policy).into_ruleset());
+}
+
+#[test]
+fn a_policy_with_a_proxy_is_as_written_down() {
+    let egress_proxy = Some(EgressProxy { address: "proxy.example:1080".to_owned(), username: None, password: None });
+    let policy = NetworkPolicy { egress_proxy, ..policy(&[], &["9.9.9.9"]) };
+    assert_golden("proxy.json", include_str!("proxy.json"), &policy_transaction(instance(), &policy).into_ruleset());
 }
 
 #[test]

@@ -1,0 +1,110 @@
+//! What a slot serves to its sandbox, inside the slot's netns: names, and the gate where names decide.
+//!
+//! The daemon serves it, on sockets made in that netns: so nothing of the host has to be reachable, and each socket
+//! knows whose it is. When the daemon is gone, names do not resolve until the next one has adopted the slot.
+
+use super::dns::{Responder, Upstreams};
+use super::gate::Gate;
+use super::names::Names;
+use super::rules::{DNS_PORT, GATE_PORT};
+use crate::model::{EgressProxy, NetworkPolicy};
+use crate::sys::netns::{Netns, SocketFactory, SocketKind};
+use nix::sys::socket::{SockaddrIn, bind, setsockopt, sockopt};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::debug;
+
+const BACKLOG: u32 = 128;
+
+/// A policy, as far as the services look at it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct View {
+    pub(super) names: Names,
+    pub(super) proxy: Option<EgressProxy>,
+}
+
+impl View {
+    pub(super) fn of(policy: &NetworkPolicy) -> Self {
+        Self { names: Names::of(policy), proxy: policy.egress_proxy.clone() }
+    }
+}
+
+/// The services of one leased slot; dropping them ends them.
+#[derive(Debug)]
+pub(super) struct Services {
+    view: watch::Sender<View>,
+    tasks: JoinSet<()>,
+}
+
+impl Services {
+    /// Opens their sockets in `slot` and starts to serve.
+    pub(super) async fn start(
+        slot: &Netns,
+        policy: &NetworkPolicy,
+        upstreams: Arc<Upstreams>,
+        sockets: &SocketFactory,
+    ) -> io::Result<Self> {
+        let (view, seen) = watch::channel(View::of(policy));
+        let questions = udp(sockets.socket(slot, SocketKind::UdpV4).await?, DNS_PORT)?;
+        let long_questions = listener(sockets.socket(slot, SocketKind::TcpV4).await?, DNS_PORT)?;
+        let connections = listener(sockets.socket(slot, SocketKind::TcpV4).await?, GATE_PORT)?;
+        let responder = Responder { upstreams: Arc::clone(&upstreams), view: seen.clone() };
+        let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone() };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(responder.clone().serve_udp(questions));
+        tasks.spawn(responder.serve_tcp(long_questions));
+        tasks.spawn(gate.serve(connections));
+        Ok(Self { view, tasks })
+    }
+
+    /// Where a new policy is told.
+    pub(super) fn view(&self) -> watch::Sender<View> {
+        self.view.clone()
+    }
+
+    /// Ends them and closes their sockets.
+    pub(super) async fn stop(mut self) {
+        self.tasks.shutdown().await;
+    }
+}
+
+/// On any address of the slot: the one towards the sandbox comes and goes with it.
+fn listener(socket: OwnedFd, port: u16) -> io::Result<TcpListener> {
+    let socket = TcpSocket::from_std_stream(socket.into());
+    socket.set_reuseaddr(true)?;
+    socket.bind(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
+    socket.listen(BACKLOG)
+}
+
+fn udp(socket: OwnedFd, port: u16) -> io::Result<UdpSocket> {
+    // A question of the last sandbox that is still waited for may hold the port a moment longer.
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)))?;
+    UdpSocket::from_std(socket.into())
+}
+
+/// Serves connections, at most `limit` at a time, until its task is ended; they end with it.
+pub(super) async fn accept_bounded<F>(listener: TcpListener, limit: usize, serve: impl Fn(TcpStream) -> F)
+where
+    F: Future<Output = io::Result<()>> + Send + 'static,
+{
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        if connections.len() >= limit {
+            connections.join_next().await;
+        }
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let served = serve(stream);
+        connections.spawn(async move {
+            if let Err(error) = served.await {
+                debug!(error = &error as &dyn std::error::Error, "A connection of a sandbox to its slot ended early");
+            }
+        });
+    }
+}
