@@ -43,6 +43,7 @@ pub(crate) fn is_control_secret(text: &str) -> bool {
 pub fn prepare() {
     sys::bound_allocator();
     sys::close_from(3);
+    sys::reset_signals();
     rustix::process::umask(Mode::from_raw_mode(0o022));
     // Refused to a session leader, which a pid 1 mostly is.
     let _ = rustix::process::setsid();

@@ -75,6 +75,23 @@ pub(crate) fn async_fd(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Ow
     Ok(registered?)
 }
 
+/// Gives every signal its default meaning and blocks none: a server that was started by nohup or in the background of a
+/// script ignores some, and so would every process of every sandbox. Only at start.
+pub(crate) fn reset_signals() {
+    // The kernel's struct sigaction, all zeroes: default handler, no flags, no mask. glibc's own call keeps 32 and 33 to itself.
+    let default = [0u64; 4];
+    // Rust ignores SIGPIPE, since a write to a closed pipe is an error here; std gives its children the default back.
+    for signal in (1..=libc::SIGRTMAX()).filter(|signal| *signal != libc::SIGPIPE) {
+        // SAFETY: the kernel reads one live sigaction and writes nothing; no handler is installed, and signals that
+        // cannot be changed are refused.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &default, std::ptr::null_mut::<u64>(), size_of::<u64>()) };
+    }
+    // SAFETY: a sigset_t is plain data, and all zeroes is the empty set on Linux.
+    let none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: reads one live set and writes nothing; there is one thread.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) };
+}
+
 /// Closes every fd from `first` on. Only at start, before anything of this process owns one.
 pub(crate) fn close_from(first: u32) {
     // SAFETY: called before the runtime exists, so no owned fd is above the standard ones.

@@ -34,6 +34,12 @@ fn it_is_pid_1_and_holds_nothing_of_whoever_started_it() {
 }
 
 #[test]
+fn a_process_inherits_no_ignored_and_no_blocked_signals() {
+    let agent = Agent::start();
+    assert_eq!(agent.root_output("grep -E 'Sig(Ign|Blk)' /proc/self/status | cut -f 2 | sort -u"), "0000000000000000\n");
+}
+
+#[test]
 fn loopback_is_up_before_it_listens() {
     let agent = Agent::launch(&["--net"]);
     let parent = agent.parent_pid();

@@ -1,5 +1,6 @@
 //! Runs the agent as pid 1 of pid, mount, UTS and IPC namespaces of its own, over a throw-away /etc, /home, /run and
-//! /dev/pts. Needs root, as the agent does. /etc/nsswitch.conf is one that kills a static program which reaches NSS.
+//! /dev/pts, with signals ignored as below nohup. Needs root, as the agent does. /etc/nsswitch.conf is one that kills a
+//! static program which reaches NSS.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -61,6 +62,7 @@ impl Agent {
             mount -t tmpfs -o mode=755 tmpfs /run
             mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts /dev/pts
             mount --bind /dev/pts/ptmx /dev/ptmx
+            trap '' HUP INT QUIT TERM
             exec "$2" --port "$3""#;
         let mut child = Command::new("unshare")
             .args(["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"])
