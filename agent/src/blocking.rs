@@ -36,8 +36,7 @@ struct State {
     idle: usize,
 }
 
-static POOL: Pool =
-    Pool { state: Mutex::new(State { jobs: VecDeque::new(), threads: 0, idle: 0 }), more: Condvar::new() };
+static POOL: Pool = Pool { state: Mutex::new(State { jobs: VecDeque::new(), threads: 0, idle: 0 }), more: Condvar::new() };
 
 /// Makes the thread that stays. Called once, before anything is run.
 pub(crate) fn start() -> io::Result<()> {

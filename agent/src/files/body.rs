@@ -36,10 +36,7 @@ pub(crate) struct BodyReader {
 ///
 /// A body that `work` does not want is read to its end all the same: the clients look for the answer only when
 /// they have sent everything. Dropping the future makes the reader fail; `work` then ends by itself.
-pub(crate) async fn consume<T: Send + 'static>(
-    body: Body,
-    work: impl FnOnce(BodyReader) -> T + Send + 'static,
-) -> Result<T, Lost> {
+pub(crate) async fn consume<T: Send + 'static>(body: Body, work: impl FnOnce(BodyReader) -> T + Send + 'static) -> Result<T, Lost> {
     let (sender, pieces) = mpsc::channel(CHUNKS_MAX);
     let reader = BodyReader { pieces, current: Bytes::new(), ended: false };
     let (result, ()) = tokio::join!(blocking::run(move || work(reader)), feed(body, sender));
@@ -110,7 +107,8 @@ pub(crate) fn produced(produce: impl FnOnce(BodyWriter) + Send + 'static) -> Bod
         produce(BodyWriter { chunks });
         memory::release_later();
     });
-    Body::from_stream(futures_util::stream::unfold(receiver, |mut receiver| async move {
-        receiver.recv().await.map(|chunk| (chunk, receiver))
-    }))
+    Body::from_stream(futures_util::stream::unfold(
+        receiver,
+        |mut receiver| async move { receiver.recv().await.map(|chunk| (chunk, receiver)) },
+    ))
 }

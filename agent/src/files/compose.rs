@@ -55,7 +55,12 @@ pub(crate) enum ComposeError {
     #[error("not enough disk space available")]
     NoSpace,
     #[error("error {doing} {}", path.display())]
-    Io { doing: &'static str, path: PathBuf, #[source] source: io::Error },
+    Io {
+        doing: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl Compose {
@@ -103,14 +108,9 @@ impl Compose {
     }
 
     fn join(&self, whole: &Path) -> Result<(), ComposeError> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o644)
-            .open(whole)
-            .map_err(failed("creating", &self.destination))?;
-        fchown(&file, Some(self.owner.uid), Some(self.owner.gid))
-            .map_err(failed("changing the owner of", &self.destination))?;
+        let mut file =
+            OpenOptions::new().write(true).create_new(true).mode(0o644).open(whole).map_err(failed("creating", &self.destination))?;
+        fchown(&file, Some(self.owner.uid), Some(self.owner.gid)).map_err(failed("changing the owner of", &self.destination))?;
         for path in &self.sources {
             // copy_file_range: the bytes stay in the kernel, and on some file systems on their blocks.
             File::open(path).and_then(|mut source| io::copy(&mut source, &mut file)).map_err(failed("composing source", path))?;

@@ -135,25 +135,18 @@ mod tests {
 
     #[test]
     fn dates_decide_by_whole_seconds() {
-        let since = |date| {
-            Conditions { if_modified_since: Some(date), ..Conditions::default() }.judge(modified(), SIZE)
-        };
+        let since = |date| Conditions { if_modified_since: Some(date), ..Conditions::default() }.judge(modified(), SIZE);
         assert_eq!(since(MODIFIED), Verdict::NotModified);
         assert_eq!(since(BEFORE), Verdict::Whole);
         assert_eq!(since("yesterday"), Verdict::Whole);
-        let unless = |date| {
-            Conditions { if_unmodified_since: Some(date), ..Conditions::default() }.judge(modified(), SIZE)
-        };
+        let unless = |date| Conditions { if_unmodified_since: Some(date), ..Conditions::default() }.judge(modified(), SIZE);
         assert_eq!(unless(MODIFIED), Verdict::Whole);
         assert_eq!(unless(BEFORE), Verdict::PreconditionFailed);
     }
 
     #[test]
     fn a_range_of_another_version_is_the_whole_file() {
-        let part_if = |date| {
-            Conditions { range: Some("bytes=0-0"), if_range: Some(date), ..Conditions::default() }
-                .judge(modified(), SIZE)
-        };
+        let part_if = |date| Conditions { range: Some("bytes=0-0"), if_range: Some(date), ..Conditions::default() }.judge(modified(), SIZE);
         assert_eq!(part_if(MODIFIED), Verdict::Part { start: 0, length: 1 });
         assert_eq!(part_if(BEFORE), Verdict::Whole);
         assert_eq!(part_if("\"tag\""), Verdict::Whole);
@@ -162,13 +155,11 @@ mod tests {
     #[test]
     fn no_entity_tag_matches_but_any_does() {
         let none_match = |tags| {
-            Conditions { if_none_match: Some(tags), if_modified_since: Some(MODIFIED), ..Conditions::default() }
-                .judge(modified(), SIZE)
+            Conditions { if_none_match: Some(tags), if_modified_since: Some(MODIFIED), ..Conditions::default() }.judge(modified(), SIZE)
         };
         assert_eq!(none_match("*"), Verdict::NotModified);
         assert_eq!(none_match("\"tag\""), Verdict::Whole);
-        let must_match =
-            |tags| Conditions { if_match: Some(tags), ..Conditions::default() }.judge(modified(), SIZE);
+        let must_match = |tags| Conditions { if_match: Some(tags), ..Conditions::default() }.judge(modified(), SIZE);
         assert_eq!(must_match("*"), Verdict::Whole);
         assert_eq!(must_match("\"tag\""), Verdict::PreconditionFailed);
     }

@@ -8,8 +8,7 @@ use std::time::SystemTime;
 
 use axum::body::Body;
 use axum::http::header::{
-    ACCEPT_RANGES, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE,
-    LAST_MODIFIED, VARY,
+    ACCEPT_RANGES, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LAST_MODIFIED, VARY,
 };
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -41,7 +40,11 @@ pub(crate) enum DownloadError {
     #[error("identity encoding not acceptable for Range or conditional request")]
     IdentityNotAcceptable,
     #[error("error opening file '{}'", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What the request says about the form of the answer.
@@ -75,8 +78,15 @@ pub(crate) struct Download {
 enum Content {
     Whole(Bytes),
     /// What `first` holds has been read from `file` already.
-    Stream { first: Vec<u8>, file: File, length: Length },
-    Gzip { first: Vec<u8>, file: File },
+    Stream {
+        first: Vec<u8>,
+        file: File,
+        length: Length,
+    },
+    Gzip {
+        first: Vec<u8>,
+        file: File,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,13 +132,7 @@ impl Download {
         Download { status: StatusCode::OK, headers, content: Content::Whole(Bytes::new()) }
     }
 
-    fn regular(
-        mut self,
-        mut file: File,
-        found: &Metadata,
-        coding: Coding,
-        conditions: &Conditions<'_>,
-    ) -> io::Result<Download> {
+    fn regular(mut self, mut file: File, found: &Metadata, coding: Coding, conditions: &Conditions<'_>) -> io::Result<Download> {
         let size = found.len();
         // A size of 0 may be a lie (procfs): what there is to read decides.
         let verdict = match size {

@@ -29,14 +29,11 @@ pub(crate) struct Accepted {
 impl Accepted {
     pub(crate) fn parse(header: &str) -> Accepted {
         let ranked: Vec<(String, f32)> = header.split(',').map(ranked).collect();
-        let quality = |coding: &str| {
-            ranked.iter().find(|(name, _)| name == coding).map(|(_, quality)| *quality)
-        };
+        let quality = |coding: &str| ranked.iter().find(|(name, _)| name == coding).map(|(_, quality)| *quality);
         let (gzip, identity, any) = (quality("gzip"), quality("identity"), quality("*"));
         let gzip_rank = gzip.unwrap_or(0.0);
         Accepted {
-            prefers_gzip: gzip_rank > 0.0
-                && gzip_rank >= identity.unwrap_or(0.0).max(any.unwrap_or(0.0)),
+            prefers_gzip: gzip_rank > 0.0 && gzip_rank >= identity.unwrap_or(0.0).max(any.unwrap_or(0.0)),
             gzip: gzip.or(any).is_some_and(|quality| quality > 0.0),
             identity: identity.or(any).is_none_or(|quality| quality > 0.0),
         }

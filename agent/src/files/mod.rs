@@ -28,8 +28,8 @@ use axum::body::Body;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, IF_MATCH, IF_MODIFIED_SINCE,
-    IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE,
+    IF_UNMODIFIED_SINCE, RANGE,
 };
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
@@ -54,9 +54,7 @@ const METADATA_PREFIX: &str = "x-metadata-";
 const COMPOSE_BYTES_MAX: usize = 4 << 20;
 
 pub(crate) fn routes() -> Router<Arc<Agent>> {
-    Router::new()
-        .route("/files", get(read).post(write))
-        .route("/files/compose", post(join).layer(DefaultBodyLimit::max(COMPOSE_BYTES_MAX)))
+    Router::new().route("/files", get(read).post(write)).route("/files/compose", post(join).layer(DefaultBodyLimit::max(COMPOSE_BYTES_MAX)))
 }
 
 #[derive(Debug, Deserialize)]
@@ -77,8 +75,7 @@ async fn read(
     allow(&identity, &headers, &parameters, Operation::Read)?;
     let user = auth::user_or(&identity, &headers, parameters.username.as_deref())?;
     let path = parameters.path.as_deref().unwrap_or_default();
-    let path = paths::resolve(path, &user, &identity.default_workdir)
-        .map_err(|error| HttpError::bad_request(error.to_string()))?;
+    let path = paths::resolve(path, &user, &identity.default_workdir).map_err(|error| HttpError::bad_request(error.to_string()))?;
     let download = blocking::run(move || download::open(&path, wish(&headers))).await??;
     Ok(download.into_response())
 }
@@ -108,13 +105,9 @@ async fn write(
     Ok(Json(written))
 }
 
-async fn join(
-    State(agent): State<Arc<Agent>>,
-    headers: HeaderMap,
-    body: axum::body::Bytes,
-) -> Result<Json<Written>, HttpError> {
-    let request: compose::Request = serde_json::from_slice(&body)
-        .map_err(|error| HttpError::bad_request(format!("invalid request body: {error}")))?;
+async fn join(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: axum::body::Bytes) -> Result<Json<Written>, HttpError> {
+    let request: compose::Request =
+        serde_json::from_slice(&body).map_err(|error| HttpError::bad_request(format!("invalid request body: {error}")))?;
     let identity = agent.identity();
     let user = auth::user_or(&identity, &headers, request.username.as_deref())?;
     let compose = Compose::resolve(&request, &user, &identity.default_workdir)?;
@@ -126,12 +119,7 @@ fn malformed(rejection: QueryRejection) -> HttpError {
 }
 
 /// The routes' own rule: the token in the header, or a signature that somebody with the token made.
-fn allow(
-    identity: &Identity,
-    headers: &HeaderMap,
-    parameters: &Parameters,
-    operation: Operation,
-) -> Result<(), HttpError> {
+fn allow(identity: &Identity, headers: &HeaderMap, parameters: &Parameters, operation: Operation) -> Result<(), HttpError> {
     match (auth::access_by_header(identity, headers), &identity.access) {
         (HeaderAccess::Granted, _) => Ok(()),
         (HeaderAccess::Missing, Access::Token(token)) => {
@@ -141,9 +129,7 @@ fn allow(
                 username: parameters.username.as_deref().unwrap_or_default(),
                 expiration_unix: parameters.signature_expiration,
             };
-            claim
-                .verify(parameters.signature.as_deref(), token, unix_now())
-                .map_err(|error| HttpError::unauthorized(error.to_string()))
+            claim.verify(parameters.signature.as_deref(), token, unix_now()).map_err(|error| HttpError::unauthorized(error.to_string()))
         }
         (HeaderAccess::Denied | HeaderAccess::Missing, _) => {
             Err(HttpError::unauthorized("access token present in header but does not match"))

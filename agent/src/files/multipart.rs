@@ -270,16 +270,13 @@ mod tests {
     }
 
     fn part(filename: &str, content: &str) -> String {
-        format!(
-            "--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{filename}\"\r\n\r\n{content}\r\n"
-        )
+        format!("--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{filename}\"\r\n\r\n{content}\r\n")
     }
 
     #[test]
     fn parts_come_out_as_they_went_in_however_the_body_is_cut() {
         let contents = ["", "x", "\r\n", "\r\n--", "--B", "\r\n--C\r\n\r\n", "a\r\n\r\nb\n--B\n"];
-        let body: String =
-            contents.iter().map(|content| part("f", content)).collect::<String>() + "--B--\r\n";
+        let body: String = contents.iter().map(|content| part("f", content)).collect::<String>() + "--B--\r\n";
         for step in 1..40 {
             let parts = parts_in_steps(body.as_bytes(), step).unwrap();
             let read: Vec<&[u8]> = parts.iter().map(|(_, content)| content.as_slice()).collect();

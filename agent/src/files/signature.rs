@@ -34,12 +34,7 @@ pub(crate) enum SignatureError {
 
 impl Claim<'_> {
     /// Checks the signature first: the expiry of a claim nobody signed means nothing.
-    pub(crate) fn verify(
-        self,
-        signature: Option<&str>,
-        token: &str,
-        now_unix: i64,
-    ) -> Result<(), SignatureError> {
+    pub(crate) fn verify(self, signature: Option<&str>, token: &str, now_unix: i64) -> Result<(), SignatureError> {
         let signature = signature.ok_or(SignatureError::Missing)?;
         if !secrets_equal(signature.as_bytes(), self.sign(token).as_bytes()) {
             return Err(SignatureError::Invalid);
@@ -69,12 +64,7 @@ mod tests {
 
     const TOKEN: &str = "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0";
     const SIGNATURE: &str = "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E";
-    const CLAIM: Claim<'_> = Claim {
-        path: "hello.txt",
-        operation: Operation::Read,
-        username: "user",
-        expiration_unix: None,
-    };
+    const CLAIM: Claim<'_> = Claim { path: "hello.txt", operation: Operation::Read, username: "user", expiration_unix: None };
 
     #[test]
     fn the_contracts_vector_verifies() {

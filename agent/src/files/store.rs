@@ -28,9 +28,19 @@ pub(crate) enum StoreError {
     #[error("not enough space for file metadata of {}", path.display())]
     NoMetadataSpace { path: PathBuf },
     #[error("error reading the upload of {}{remains}", path.display())]
-    Source { path: PathBuf, remains: Remains, #[source] source: io::Error },
+    Source {
+        path: PathBuf,
+        remains: Remains,
+        #[source]
+        source: io::Error,
+    },
     #[error("error {doing} {}", path.display())]
-    Io { doing: &'static str, path: PathBuf, #[source] source: io::Error },
+    Io {
+        doing: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What a failure half-way leaves behind. Completes a sentence.
@@ -86,8 +96,7 @@ impl Target<'_> {
             Err(source) => return Err(self.failed("looking at")(source)),
         }
         let file = open_options().create(true).mode(0o644).open(self.path).map_err(self.failed("creating"))?;
-        fchown(&file, Some(self.owner.uid), Some(self.owner.gid))
-            .map_err(self.failed("changing the owner of"))?;
+        fchown(&file, Some(self.owner.uid), Some(self.owner.gid)).map_err(self.failed("changing the owner of"))?;
         Ok(Opened { file: blocking(file).map_err(self.failed("opening"))?, existed: false })
     }
 

@@ -23,7 +23,9 @@ use crate::users::User;
 pub(crate) enum Kind {
     /// The body is the file.
     Raw,
-    Multipart { boundary: String },
+    Multipart {
+        boundary: String,
+    },
 }
 
 /// Everything about an upload but its body.
@@ -76,7 +78,11 @@ pub(crate) enum UploadError {
     #[error(transparent)]
     Multipart(#[from] MultipartError),
     #[error("attempted to write {bytes} bytes")]
-    NoSpace { bytes: u64, #[source] source: StoreError },
+    NoSpace {
+        bytes: u64,
+        #[source]
+        source: StoreError,
+    },
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -174,9 +180,7 @@ impl From<Failure> for HttpError {
 impl UploadError {
     fn status(&self) -> StatusCode {
         match self {
-            UploadError::NoPath | UploadError::NoFilename | UploadError::Path(_) | UploadError::Duplicate { .. } => {
-                StatusCode::BAD_REQUEST
-            }
+            UploadError::NoPath | UploadError::NoFilename | UploadError::Path(_) | UploadError::Duplicate { .. } => StatusCode::BAD_REQUEST,
             UploadError::Multipart(MultipartError::Io(source)) => source_status(source),
             UploadError::Multipart(_) => StatusCode::BAD_REQUEST,
             UploadError::NoSpace { .. } => StatusCode::INSUFFICIENT_STORAGE,
@@ -188,9 +192,7 @@ impl UploadError {
 fn store_status(error: &StoreError) -> StatusCode {
     match error {
         StoreError::Directory { .. } | StoreError::Parents(EnsureError::File { .. }) => StatusCode::BAD_REQUEST,
-        StoreError::NoInodes { .. } | StoreError::NoSpace { .. } | StoreError::NoMetadataSpace { .. } => {
-            StatusCode::INSUFFICIENT_STORAGE
-        }
+        StoreError::NoInodes { .. } | StoreError::NoSpace { .. } | StoreError::NoMetadataSpace { .. } => StatusCode::INSUFFICIENT_STORAGE,
         StoreError::Source { source, .. } => source_status(source),
         StoreError::Parents(EnsureError::Io { source, .. }) | StoreError::Io { source, .. } => io_status(source),
     }

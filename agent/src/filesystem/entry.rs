@@ -60,10 +60,7 @@ impl Entry {
             permissions: permissions(&own),
             owner: names.user(own.uid()),
             group: names.group(own.gid()),
-            modified: Modified {
-                seconds: own.mtime(),
-                nanos: i32::try_from(own.mtime_nsec()).unwrap_or_default(),
-            },
+            modified: Modified { seconds: own.mtime(), nanos: i32::try_from(own.mtime_nsec()).unwrap_or_default() },
             symlink_target: link.map(|link| link.target),
             metadata: metadata::read(path),
         })
@@ -121,8 +118,7 @@ fn permissions(metadata: &fs::Metadata) -> String {
         (file_type.is_char_device(), 'c'),
         (mode & 0o1000 != 0, 't'),
     ];
-    let mut text: String =
-        special.into_iter().filter_map(|(applies, letter)| applies.then_some(letter)).collect();
+    let mut text: String = special.into_iter().filter_map(|(applies, letter)| applies.then_some(letter)).collect();
     if text.is_empty() {
         text.push('-');
     }

@@ -29,9 +29,7 @@ pub(crate) enum MetadataError {
 }
 
 /// Collects a set from raw keys and values, lower-casing the keys. An empty key is dropped, as E2B does.
-pub(crate) fn parse<'a>(
-    pairs: impl IntoIterator<Item = (&'a str, &'a [u8])>,
-) -> Result<Metadata, MetadataError> {
+pub(crate) fn parse<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<Metadata, MetadataError> {
     let mut metadata = Metadata::new();
     let mut bytes = 0;
     for (key, value) in pairs {
@@ -56,9 +54,7 @@ pub(crate) fn parse<'a>(
 fn printable(what: &str, bytes: &[u8]) -> Result<String, MetadataError> {
     match bytes.iter().position(|byte| !(0x20..=0x7e).contains(byte)) {
         None => Ok(bytes.iter().copied().map(char::from).collect()),
-        Some(offset) => {
-            Err(MetadataError::NotPrintable { what: what.to_owned(), byte: bytes[offset], offset })
-        }
+        Some(offset) => Err(MetadataError::NotPrintable { what: what.to_owned(), byte: bytes[offset], offset }),
     }
 }
 
@@ -105,9 +101,7 @@ pub(crate) fn replace(file: &File, wanted: &Metadata) -> io::Result<()> {
 
 /// The keys of ours among zero-separated attribute names.
 fn keys(names: &[u8]) -> impl Iterator<Item = &str> {
-    names
-        .split(|byte| *byte == 0)
-        .filter_map(|name| std::str::from_utf8(name).ok()?.strip_prefix(XATTR_PREFIX))
+    names.split(|byte| *byte == 0).filter_map(|name| std::str::from_utf8(name).ok()?.strip_prefix(XATTR_PREFIX))
 }
 
 /// Calls `fill` with a buffer that grows until the answer fits: attributes may change between two calls.
@@ -156,10 +150,7 @@ mod tests {
     #[test]
     fn only_printable_ascii_is_kept() {
         let refused = pairs(&[("k", "a\u{e9}")]).unwrap_err();
-        assert_eq!(
-            refused.to_string(),
-            "metadata value for key \"k\" contains non-printable-ASCII byte 0xc3 at offset 1"
-        );
+        assert_eq!(refused.to_string(), "metadata value for key \"k\" contains non-printable-ASCII byte 0xc3 at offset 1");
         assert!(pairs(&[("k", "a\tb")]).is_err());
     }
 

@@ -28,7 +28,11 @@ pub(crate) enum StatError {
     #[error("file not found: {}", path.display())]
     NotFound { path: PathBuf },
     #[error("error getting file info of {}", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +46,11 @@ pub(crate) enum ListError {
     #[error("more than {ENTRIES_MAX} entries below {}; ask for less depth or for a subdirectory", path.display())]
     TooMany { path: PathBuf },
     #[error("error reading directory {}", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +70,11 @@ pub(crate) enum EnsureError {
     #[error("path is a file: {}", path.display())]
     File { path: PathBuf },
     #[error("failed to create directory {}", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +86,12 @@ pub(crate) enum MoveError {
     #[error(transparent)]
     Ensure(#[from] EnsureError),
     #[error("error renaming {} to {}", from.display(), to.display())]
-    Io { from: PathBuf, to: PathBuf, #[source] source: io::Error },
+    Io {
+        from: PathBuf,
+        to: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error(transparent)]
     Relocate(#[from] RelocateError),
     #[error(transparent)]
@@ -153,8 +170,7 @@ fn is_passed_over(error: &io::Error) -> bool {
 }
 
 fn sorted_names(directory: &Path) -> io::Result<Vec<OsString>> {
-    let mut names: Vec<OsString> =
-        fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
+    let mut names: Vec<OsString> = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
     names.sort_unstable();
     Ok(names)
 }
@@ -198,8 +214,7 @@ pub(crate) fn ensure_dirs(path: &Path, owner: Owner) -> Result<Ensured, EnsureEr
             Ok(found) if found.is_dir() => {}
             Ok(_) => return Err(EnsureError::File { path: directory.to_owned() }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_owned(directory, owner)
-                    .map_err(|source| EnsureError::Io { path: directory.to_owned(), source })?;
+                make_owned(directory, owner).map_err(|source| EnsureError::Io { path: directory.to_owned(), source })?;
                 ensured = Ensured::Made;
             }
             Err(source) => return Err(EnsureError::Io { path: directory.to_owned(), source }),
@@ -381,9 +396,7 @@ mod tests {
         fs::create_dir_all(folder.root.join("full/x")).unwrap();
         fs::create_dir(folder.root.join("d")).unwrap();
         fs::write(folder.root.join("f"), "").unwrap();
-        let error = |from: &str, to: &str| {
-            move_entry(&folder.root.join(from), &folder.root.join(to), OWNER, &names()).unwrap_err()
-        };
+        let error = |from: &str, to: &str| move_entry(&folder.root.join(from), &folder.root.join(to), OWNER, &names()).unwrap_err();
         assert!(matches!(error("nothing", "new/x"), MoveError::NotFound { .. }));
         assert!(matches!(error("d", "full"), MoveError::Refused { .. }));
         assert!(matches!(error("f", "full"), MoveError::Refused { .. }));

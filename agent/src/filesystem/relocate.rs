@@ -17,13 +17,25 @@ pub(crate) enum RelocateError {
     #[error("cannot move {} below itself", path.display())]
     BelowItself { path: PathBuf },
     #[error("error copying {}", path.display())]
-    Copy { path: PathBuf, #[source] source: io::Error },
+    Copy {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot move {} to another file system: it is a device or a socket", path.display())]
     Special { path: PathBuf },
     #[error("error renaming the copy to {}", path.display())]
-    Place { path: PathBuf, #[source] source: io::Error },
+    Place {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{} was copied to its new place but could not be removed", path.display())]
-    RemoveSource { path: PathBuf, #[source] source: io::Error },
+    RemoveSource {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// Moves the tree at `from` to `to`, keeping modes, owners, times, links and metadata; what rename(2) would
@@ -93,7 +105,5 @@ fn finish(copy: &File, from: &Path, found: &Metadata) -> io::Result<()> {
     std::os::unix::fs::fchown(copy, Some(found.uid()), Some(found.gid()))?;
     copy.set_permissions(fs::Permissions::from_mode(found.mode() & 0o7777))?;
     metadata::replace(copy, &metadata::read(from))?;
-    copy.set_times(
-        fs::FileTimes::new().set_accessed(found.accessed()?).set_modified(found.modified()?),
-    )
+    copy.set_times(fs::FileTimes::new().set_accessed(found.accessed()?).set_modified(found.modified()?))
 }

@@ -23,10 +23,9 @@ use crate::rpc;
 use crate::rpc::proto::filesystem::__buffa::oneof::watch_dir_response::Event;
 use crate::rpc::proto::filesystem::watch_dir_response::{KeepAlive, StartEvent};
 use crate::rpc::proto::filesystem::{
-    CreateWatcherRequest, CreateWatcherResponse, EntryInfo, EventType, FileType, Filesystem, FilesystemEvent,
-    GetWatcherEventsRequest, GetWatcherEventsResponse, ListDirRequest, ListDirResponse, MakeDirRequest,
-    MakeDirResponse, MoveRequest, MoveResponse, RemoveRequest, RemoveResponse, RemoveWatcherRequest,
-    RemoveWatcherResponse, StatRequest, StatResponse, WatchDirRequest, WatchDirResponse,
+    CreateWatcherRequest, CreateWatcherResponse, EntryInfo, EventType, FileType, Filesystem, FilesystemEvent, GetWatcherEventsRequest,
+    GetWatcherEventsResponse, ListDirRequest, ListDirResponse, MakeDirRequest, MakeDirResponse, MoveRequest, MoveResponse, RemoveRequest,
+    RemoveResponse, RemoveWatcherRequest, RemoveWatcherResponse, StatRequest, StatResponse, WatchDirRequest, WatchDirResponse,
 };
 use crate::state::Agent;
 use crate::users::{Names, User};
@@ -93,11 +92,7 @@ impl Filesystem for Service {
         Response::ok(StatResponse { entry: message(entry), ..Default::default() })
     }
 
-    async fn make_dir(
-        &self,
-        ctx: RequestContext,
-        request: ServiceRequest<'_, MakeDirRequest>,
-    ) -> ServiceResult<MakeDirResponse> {
+    async fn make_dir(&self, ctx: RequestContext, request: ServiceRequest<'_, MakeDirRequest>) -> ServiceResult<MakeDirResponse> {
         let asker = self.asker(&ctx)?;
         let path = asker.resolve(request.path)?;
         let entry = self.changed(move || ops::make_dir(&path, asker.owner(), &Names::read())).await?;
@@ -111,11 +106,7 @@ impl Filesystem for Service {
         Response::ok(MoveResponse { entry: message(entry), ..Default::default() })
     }
 
-    async fn list_dir(
-        &self,
-        ctx: RequestContext,
-        request: ServiceRequest<'_, ListDirRequest>,
-    ) -> ServiceResult<ListDirResponse> {
+    async fn list_dir(&self, ctx: RequestContext, request: ServiceRequest<'_, ListDirRequest>) -> ServiceResult<ListDirResponse> {
         let path = self.asker(&ctx)?.resolve(request.path)?;
         let depth = request.depth;
         let entries = run(move || ops::list_dir(&path, depth, &Names::read())).await?;
@@ -124,11 +115,7 @@ impl Filesystem for Service {
         Response::ok(ListDirResponse { entries, ..Default::default() })
     }
 
-    async fn remove(
-        &self,
-        ctx: RequestContext,
-        request: ServiceRequest<'_, RemoveRequest>,
-    ) -> ServiceResult<RemoveResponse> {
+    async fn remove(&self, ctx: RequestContext, request: ServiceRequest<'_, RemoveRequest>) -> ServiceResult<RemoveResponse> {
         let path = self.asker(&ctx)?.resolve(request.path)?;
         run(move || ops::remove(&path)).await?;
         Response::ok(RemoveResponse::default())

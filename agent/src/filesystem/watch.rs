@@ -76,7 +76,11 @@ pub(crate) enum WatchError {
     #[error("more changes than the kernel queues (fs.inotify.max_queued_events); some were lost")]
     Overflow,
     #[error("error watching {}", path.display())]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What each watched directory reports: fsnotify's set, which E2B's clients know.
@@ -226,12 +230,7 @@ impl Watch {
     }
 
     /// What happened to a watched directory itself. All but the root have a parent that reports it as well.
-    fn translate_own(
-        &mut self,
-        raw: &Raw<'_>,
-        path: &Path,
-        sink: &mut dyn FnMut(Event),
-    ) -> Result<(), WatchError> {
+    fn translate_own(&mut self, raw: &Raw<'_>, path: &Path, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
         let is_root = path.as_os_str().is_empty();
         if is_root {
             raw.report(Path::new("."), sink);
@@ -251,12 +250,7 @@ impl Watch {
     }
 
     /// Keeps the tree of kernel watches in step with a directory that came, went or moved.
-    fn follow(
-        &mut self,
-        raw: &Raw<'_>,
-        path: PathBuf,
-        sink: &mut dyn FnMut(Event),
-    ) -> Result<(), WatchError> {
+    fn follow(&mut self, raw: &Raw<'_>, path: PathBuf, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
         if raw.flags.contains(ReadFlags::MOVED_FROM) {
             self.moving.insert(raw.cookie, path);
         } else if raw.flags.contains(ReadFlags::MOVED_TO) {
@@ -272,12 +266,7 @@ impl Watch {
 
     /// Adds kernel watches for `path` and, in a tree, for all below it. A directory that has vanished by now
     /// is passed over, but for the root.
-    fn add(
-        &mut self,
-        path: &Path,
-        arrival: Arrival,
-        sink: &mut dyn FnMut(Event),
-    ) -> Result<(), WatchError> {
+    fn add(&mut self, path: &Path, arrival: Arrival, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
         let is_root = path.as_os_str().is_empty();
         let full = if is_root { self.root.clone() } else { self.root.join(path) };
         // Links below the root are entries, not directories; the root itself may be one.
@@ -295,14 +284,7 @@ impl Watch {
         }
     }
 
-    fn add_content(
-        &mut self,
-        wd: i32,
-        path: &Path,
-        full: &Path,
-        arrival: Arrival,
-        sink: &mut dyn FnMut(Event),
-    ) -> Result<(), WatchError> {
+    fn add_content(&mut self, wd: i32, path: &Path, full: &Path, arrival: Arrival, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
         let Ok(listing) = fs::read_dir(full) else {
             return Ok(());
         };
@@ -319,13 +301,7 @@ impl Watch {
     }
 
     /// Reports an entry that was made before its directory was watched: CREATE, and WRITE if it has content.
-    fn announce(
-        &mut self,
-        wd: i32,
-        found: &fs::DirEntry,
-        path: &Path,
-        sink: &mut dyn FnMut(Event),
-    ) {
+    fn announce(&mut self, wd: i32, found: &fs::DirEntry, path: &Path, sink: &mut dyn FnMut(Event)) {
         if let Some(directory) = self.directories.get_mut(&wd) {
             directory.announced.insert(found.file_name());
         }
@@ -344,11 +320,8 @@ impl Watch {
     }
 
     fn forget(&mut self, path: &Path) {
-        let gone: Vec<i32> = self
-            .directories
-            .iter()
-            .filter_map(|(wd, directory)| directory.path.starts_with(path).then_some(*wd))
-            .collect();
+        let gone: Vec<i32> =
+            self.directories.iter().filter_map(|(wd, directory)| directory.path.starts_with(path).then_some(*wd)).collect();
         for wd in gone {
             self.directories.remove(&wd);
             // Fails only if the kernel has removed it already.
@@ -508,9 +481,8 @@ mod tests {
         created.extend(fixture.events());
         created.retain(|event| event.starts_with("Create"));
         created.sort();
-        let mut expected: Vec<String> = (0..200)
-            .flat_map(|number| ["", "/inner", "/inner/f"].map(|below| format!("Create d{number}{below}")))
-            .collect();
+        let mut expected: Vec<String> =
+            (0..200).flat_map(|number| ["", "/inner", "/inner/f"].map(|below| format!("Create d{number}{below}"))).collect();
         expected.sort();
         assert_eq!(created, expected);
     }
@@ -549,9 +521,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("f");
         fs::write(&file, "").unwrap();
-        let error = |path: &Path| {
-            Watch::open(path, Depth::Tree, NetworkMounts::Refuse).unwrap_err()
-        };
+        let error = |path: &Path| Watch::open(path, Depth::Tree, NetworkMounts::Refuse).unwrap_err();
         assert!(matches!(error(&file), WatchError::NotDirectory { .. }));
         assert!(matches!(error(&folder.path().join("nothing")), WatchError::NotFound { .. }));
     }

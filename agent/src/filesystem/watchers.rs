@@ -94,8 +94,7 @@ impl Watchers {
         }
         let subscription = self.subscribe(root, options).await?;
         let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(WatcherError::Random)?;
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty()).map_err(WatcherError::Random)?;
         let id = format!("w{:016x}", u64::from_ne_bytes(random));
         lock(&self.polled).insert(id.clone(), subscription);
         Ok(id)

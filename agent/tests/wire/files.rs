@@ -12,7 +12,9 @@ use crate::support::{Agent, Answer, wait_for};
 
 fn form(parts: &[(&str, &str)]) -> String {
     let part = |(filename, content): &(&str, &str)| {
-        format!("--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{filename}\"\r\nContent-Type: text/plain\r\n\r\n{content}\r\n")
+        format!(
+            "--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{filename}\"\r\nContent-Type: text/plain\r\n\r\n{content}\r\n"
+        )
     };
     parts.iter().map(part).collect::<String>() + "--B--\r\n"
 }
@@ -77,8 +79,7 @@ fn a_body_may_come_in_chunks_of_unknown_number() {
 fn several_parts_are_several_files_and_a_path_counts_once() {
     let agent = Agent::start();
     let answer = upload(&agent, "/files", form(&[("a", "1"), ("/home/user/b", "2")]));
-    let paths: Vec<String> =
-        answer.json().as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap().to_owned()).collect();
+    let paths: Vec<String> = answer.json().as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap().to_owned()).collect();
     assert_eq!(paths, ["/home/user/a", "/home/user/b"]);
     let answer = upload(&agent, "/files", form(&[("c", "first"), ("~/c", "second")]));
     assert_eq!(answer.status, 400);
@@ -222,9 +223,8 @@ fn gzip_is_sent_to_those_who_ask_and_where_it_pays() {
     fs::File::open("/dev/urandom").unwrap().read_exact(&mut noise).unwrap();
     agent.put("text", &text);
     agent.put("noise", &noise);
-    let get = |path: &str, accepted: &str| {
-        agent.authorized("GET", &format!("/files?path={path}")).header("Accept-Encoding", accepted).send("")
-    };
+    let get =
+        |path: &str, accepted: &str| agent.authorized("GET", &format!("/files?path={path}")).header("Accept-Encoding", accepted).send("");
     let answer = get("text", "br, gzip");
     assert_eq!(answer.header("content-encoding"), Some("gzip"));
     let mut decoded = String::new();
