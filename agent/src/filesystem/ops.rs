@@ -8,11 +8,12 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
+use std::vec;
 
 use rustix::io::Errno;
 
 use super::aside::remove_any;
-use super::entry::Entry;
+use super::entry::{Entry, Kind};
 use super::relocate::{self, RelocateError};
 use crate::users::Names;
 
@@ -43,7 +44,7 @@ pub(crate) enum ListError {
     NotDirectory { path: PathBuf },
     #[error("cyclic symlink or too long a chain of links at {}", path.display())]
     LinkLoop { path: PathBuf },
-    #[error("more than {ENTRIES_MAX} entries below {}; ask for less depth or for a subdirectory", path.display())]
+    #[error("the listing of {} exceeds {LISTING_BYTES_MAX} bytes; ask for less depth or for a subdirectory", path.display())]
     TooMany { path: PathBuf },
     #[error("error reading directory {}", path.display())]
     Io {
@@ -105,8 +106,10 @@ pub(crate) struct RemoveError {
     pub(crate) source: io::Error,
 }
 
-/// Entries in one listing: some 400 bytes each on the way out, and the agent holds them all.
-const ENTRIES_MAX: usize = 100_000;
+/// What the entries of one listing may take before they go out, all held at once: some 150,000 of them.
+const LISTING_BYTES_MAX: usize = 64 << 20;
+/// An entry without its path.
+const ENTRY_BYTES: usize = 400;
 
 /// Describes the entry itself, not what it links to.
 pub(crate) fn stat(path: &Path, names: &Names) -> Result<Entry, StatError> {
@@ -123,56 +126,78 @@ pub(crate) fn list_dir(path: &Path, depth: u32, names: &Names) -> Result<Vec<Ent
     if !root.is_dir() {
         return Err(ListError::NotDirectory { path: path.to_owned() });
     }
-    let mut listing = Listing { shown_root: clean_end(path), names, entries: Vec::new() };
-    listing.directory(&root, Path::new(""), depth.max(1))?;
+    let mut listing = Listing { root, shown_root: clean_end(path), names, entries: Vec::new(), bytes: 0 };
+    listing.walk(depth.max(1))?;
     Ok(listing.entries)
 }
 
 struct Listing<'a> {
+    root: PathBuf,
     shown_root: PathBuf,
     names: &'a Names,
     entries: Vec<Entry>,
+    bytes: usize,
+}
+
+/// A directory that is being listed.
+struct Level {
+    /// Below the root.
+    path: PathBuf,
+    rest: vec::IntoIter<OsString>,
 }
 
 impl Listing<'_> {
-    fn directory(&mut self, root: &Path, below: &Path, depth: u32) -> Result<(), ListError> {
-        let directory = root.join(below);
-        for name in sorted_names(&directory).map_err(|source| list_error(&directory, source))? {
-            let below = below.join(name);
-            let path = root.join(&below);
-            let entry = match Entry::read(&path, &self.shown_root.join(&below), self.names) {
-                Ok(entry) => entry,
-                Err(error) if is_passed_over(&error) => continue,
-                Err(error) => return Err(list_error(&path, error)),
+    /// Keeps its own stack: a tree may be deeper than a thread's has room for.
+    fn walk(&mut self, depth: u32) -> Result<(), ListError> {
+        let top = sorted_names(&self.root).map_err(|source| list_error(&self.root, source))?;
+        let mut levels = vec![Level { path: PathBuf::new(), rest: top }];
+        while let Some(level) = levels.last_mut() {
+            let Some(name) = level.rest.next() else {
+                levels.pop();
+                continue;
             };
-            if self.entries.len() == ENTRIES_MAX {
-                return Err(ListError::TooMany { path: self.shown_root.clone() });
-            }
-            let enter = depth > 1 && entry.permissions.starts_with('d');
-            self.entries.push(entry);
-            if enter {
-                match self.directory(root, &below, depth - 1) {
-                    Ok(()) | Err(ListError::NotFound { .. }) => {}
-                    Err(ListError::Io { source, .. }) if is_passed_over(&source) => {}
-                    Err(error) => return Err(error),
+            let path = level.path.join(name);
+            let has_room_below = levels.len() < usize::try_from(depth).unwrap_or(usize::MAX);
+            if self.entry(&path)? == Some(Kind::Directory) && has_room_below {
+                match sorted_names(&self.root.join(&path)) {
+                    Ok(rest) => levels.push(Level { path, rest }),
+                    Err(error) if is_passed_over(&error) => {}
+                    Err(error) => return Err(list_error(&path, error)),
                 }
             }
         }
         Ok(())
     }
+
+    /// Adds the entry and tells what it is itself, link or not; None if there is nothing to tell.
+    fn entry(&mut self, below: &Path) -> Result<Option<Kind>, ListError> {
+        let path = self.root.join(below);
+        let entry = match Entry::read(&path, &self.shown_root.join(below), self.names) {
+            Ok(entry) => entry,
+            Err(error) if is_passed_over(&error) => return Ok(None),
+            Err(error) => return Err(list_error(&path, error)),
+        };
+        self.bytes += ENTRY_BYTES + entry.path.len();
+        if self.bytes > LISTING_BYTES_MAX {
+            return Err(ListError::TooMany { path: self.shown_root.clone() });
+        }
+        let kind = if entry.symlink_target.is_some() { Kind::Other } else { entry.kind };
+        self.entries.push(entry);
+        Ok(Some(kind))
+    }
 }
 
-/// What is gone since its directory was read, and mounts that let not even root in (a user's FUSE) or that are
-/// dead: they must not take the whole listing with them.
+/// What is gone since its directory was read, what lies too deep for a path, and mounts that let not even root in (a
+/// user's FUSE) or that are dead: they must not take the whole listing with them.
 fn is_passed_over(error: &io::Error) -> bool {
-    let unreachable = [Errno::ACCESS, Errno::PERM, Errno::NOTCONN, Errno::SRCH].map(Errno::raw_os_error);
+    let unreachable = [Errno::ACCESS, Errno::PERM, Errno::NOTCONN, Errno::SRCH, Errno::NAMETOOLONG].map(Errno::raw_os_error);
     is_missing(error) || error.raw_os_error().is_some_and(|errno| unreachable.contains(&errno))
 }
 
-fn sorted_names(directory: &Path) -> io::Result<Vec<OsString>> {
+fn sorted_names(directory: &Path) -> io::Result<vec::IntoIter<OsString>> {
     let mut names: Vec<OsString> = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
     names.sort_unstable();
-    Ok(names)
+    Ok(names.into_iter())
 }
 
 fn list_error(path: &Path, source: io::Error) -> ListError {
@@ -293,7 +318,6 @@ pub(crate) fn is_missing(error: &io::Error) -> bool {
 mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
 
-    use super::super::entry::Kind;
     use super::*;
 
     const OWNER: Owner = Owner { uid: 1234, gid: 1235 };

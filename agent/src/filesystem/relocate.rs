@@ -61,25 +61,57 @@ fn is_below(path: &Path, from: &Path) -> bool {
     }
 }
 
+/// What is left to do of a tree.
+enum Step {
+    Copy {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    /// A directory's own times and mode, once all is in it.
+    Finish {
+        from: PathBuf,
+        to: PathBuf,
+        found: Metadata,
+    },
+}
+
+/// Keeps its own stack: a tree may be deeper than a thread's has room for.
 fn copy_tree(from: &Path, to: &Path) -> Result<(), RelocateError> {
-    let failed = |source| RelocateError::Copy { path: from.to_owned(), source };
-    let found = fs::symlink_metadata(from).map_err(failed)?;
+    let mut steps = vec![Step::Copy { from: from.to_owned(), to: to.to_owned() }];
+    while let Some(step) = steps.pop() {
+        match step {
+            Step::Copy { from, to } => copy_one(from, to, &mut steps)?,
+            Step::Finish { from, to, found } => {
+                let finished = File::open(&to).and_then(|directory| finish(&directory, &from, &found));
+                finished.map_err(|source| RelocateError::Copy { path: from, source })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy_one(from: PathBuf, to: PathBuf, steps: &mut Vec<Step>) -> Result<(), RelocateError> {
+    let failed = |source| RelocateError::Copy { path: from.clone(), source };
+    let found = fs::symlink_metadata(&from).map_err(failed)?;
     let kind = found.file_type();
     if kind.is_dir() {
-        DirBuilder::new().mode(0o700).create(to).map_err(failed)?;
-        for child in fs::read_dir(from).map_err(failed)? {
+        DirBuilder::new().mode(0o700).create(&to).map_err(failed)?;
+        let mut content = Vec::new();
+        for child in fs::read_dir(&from).map_err(failed)? {
             let name = child.map_err(failed)?.file_name();
-            copy_tree(&from.join(&name), &to.join(&name))?;
+            content.push(Step::Copy { from: from.join(&name), to: to.join(&name) });
         }
-        File::open(to).and_then(|directory| finish(&directory, from, &found)).map_err(failed)
+        steps.push(Step::Finish { from, to, found });
+        steps.append(&mut content);
+        Ok(())
     } else if kind.is_file() {
-        copy_file(from, to, &found).map_err(failed)
+        copy_file(&from, &to, &found).map_err(failed)
     } else if kind.is_symlink() {
-        copy_link(from, to, &found).map_err(failed)
+        copy_link(&from, &to, &found).map_err(failed)
     } else if kind.is_fifo() {
-        copy_fifo(to, &found).map_err(failed)
+        copy_fifo(&to, &found).map_err(failed)
     } else {
-        Err(RelocateError::Special { path: from.to_owned() })
+        Err(RelocateError::Special { path: from })
     }
 }
 

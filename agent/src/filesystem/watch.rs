@@ -231,8 +231,7 @@ impl Watch {
 
     /// What happened to a watched directory itself. All but the root have a parent that reports it as well.
     fn translate_own(&mut self, raw: &Raw<'_>, path: &Path, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
-        let is_root = path.as_os_str().is_empty();
-        if is_root {
+        if is_root(path) {
             raw.report(Path::new("."), sink);
         }
         if raw.flags.contains(ReadFlags::MOVE_SELF) {
@@ -242,7 +241,7 @@ impl Watch {
             if let Some(cookie) = left_at {
                 self.moving.remove(&cookie);
             }
-            if is_root || left_at.is_some() {
+            if is_root(path) || left_at.is_some() {
                 self.forget(path);
             }
         }
@@ -264,40 +263,52 @@ impl Watch {
         Ok(())
     }
 
-    /// Adds kernel watches for `path` and, in a tree, for all below it. A directory that has vanished by now
-    /// is passed over, but for the root.
+    /// Adds kernel watches for `path` and, in a tree, for all below it.
     fn add(&mut self, path: &Path, arrival: Arrival, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
-        let is_root = path.as_os_str().is_empty();
-        let full = if is_root { self.root.clone() } else { self.root.join(path) };
+        // A list and no recursion: a tree may be deeper than a thread's stack has room for.
+        let mut found = vec![path.to_owned()];
+        while let Some(path) = found.pop() {
+            let full = if is_root(&path) { self.root.clone() } else { self.root.join(&path) };
+            let Some(wd) = self.add_one(&path, &full)? else {
+                continue;
+            };
+            if self.depth == Depth::Tree {
+                found.extend(self.content(wd, &path, &full, arrival, sink));
+            }
+        }
+        Ok(())
+    }
+
+    /// None for a directory below the root that has vanished by now or lies too deep for a path.
+    fn add_one(&mut self, path: &Path, full: &Path) -> Result<Option<i32>, WatchError> {
         // Links below the root are entries, not directories; the root itself may be one.
-        let flags = if is_root { INTEREST } else { INTEREST | WatchFlags::DONT_FOLLOW };
-        let wd = match inotify::add_watch(&self.inotify, &full, flags) {
+        let flags = if is_root(path) { INTEREST } else { INTEREST | WatchFlags::DONT_FOLLOW };
+        let wd = match inotify::add_watch(&self.inotify, full, flags) {
             Ok(wd) => wd,
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if !is_root => return Ok(()),
-            Err(errno) => return Err(watch_error(&full, errno.into())),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS) if !is_root(path) => return Ok(None),
+            Err(errno) => return Err(watch_error(full, errno.into())),
         };
         let announced = HashSet::new();
         self.directories.entry(wd).or_insert_with(|| Directory { path: path.to_owned(), announced });
-        match self.depth {
-            Depth::Directory => Ok(()),
-            Depth::Tree => self.add_content(wd, path, &full, arrival, sink),
-        }
+        Ok(Some(wd))
     }
 
-    fn add_content(&mut self, wd: i32, path: &Path, full: &Path, arrival: Arrival, sink: &mut dyn FnMut(Event)) -> Result<(), WatchError> {
+    /// The directories in one directory; what is in a new one is announced.
+    fn content(&mut self, wd: i32, path: &Path, full: &Path, arrival: Arrival, sink: &mut dyn FnMut(Event)) -> Vec<PathBuf> {
         let Ok(listing) = fs::read_dir(full) else {
-            return Ok(());
+            return Vec::new();
         };
+        let mut directories = Vec::new();
         for found in listing.flatten() {
             let below = path.join(found.file_name());
             if arrival == Arrival::Made {
                 self.announce(wd, &found, &below, sink);
             }
             if found.file_type().is_ok_and(|kind| kind.is_dir()) {
-                self.add(&below, arrival, sink)?;
+                directories.push(below);
             }
         }
-        Ok(())
+        directories
     }
 
     /// Reports an entry that was made before its directory was watched: CREATE, and WRITE if it has content.
@@ -328,6 +339,10 @@ impl Watch {
             let _ = inotify::remove_watch(&self.inotify, wd);
         }
     }
+}
+
+fn is_root(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 /// One event as the kernel tells it.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use crate::support::{Agent, wait_for};
@@ -53,4 +54,21 @@ fn files_are_served_when_no_thread_can_be_had() {
     }
     assert_eq!(agent.get("/metrics").status, 200);
     assert_eq!(full.threads().trim(), "2", "the one that serves and the one that stays");
+}
+
+#[test]
+fn a_tree_deeper_than_paths_and_stacks_is_listed_watched_and_removed() {
+    let agent = Agent::start();
+    let flags = OFlags::PATH | OFlags::DIRECTORY;
+    let mut directory = rustix::fs::open(agent.outside("/home/user"), flags, Mode::empty()).unwrap();
+    for _ in 0..2500 {
+        rustix::fs::mkdirat(&directory, "d", Mode::RWXU).unwrap();
+        directory = rustix::fs::openat(&directory, "d", flags, Mode::empty()).unwrap();
+    }
+    let listing = agent.ok("ListDir", json!({ "path": "", "depth": 5000 }));
+    let levels = listing["entries"].as_array().unwrap().len();
+    assert!(levels > 2000, "as far as a path reaches: {levels}");
+    agent.ok("CreateWatcher", json!({ "path": "", "recursive": true }));
+    agent.ok("Remove", json!({ "path": "d" }));
+    assert!(!agent.outside("/home/user/d").exists());
 }
