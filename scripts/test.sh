@@ -25,6 +25,8 @@ part() { # name command…
 # The kernel's and the SDKs' tests start from a finished template.
 part "base template" target/release/stillbox template build base --data-dir "$top/target/test-template"
 # Release, because its dependencies are built already; overflow checks are on in that profile too.
+# The agent's tests run the static one that the release build has just embedded, not cargo's dynamic one.
+export STILLBOX_AGENT_UNDER_TEST=$top/target/agent/x86_64-unknown-linux-gnu/agent/stillbox-agent
 part "rules, wire, kernel" cargo test --release --locked --workspace --no-fail-fast
 part "SDKs" tests/sdk/run
 

@@ -101,7 +101,7 @@ fn a_browser_may_ask_from_anywhere() {
 #[test]
 fn a_bad_secret_or_argument_is_said_in_one_line() {
     let run = |args: &[&str], secret: &str| {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_stillbox-agent"))
+        let mut child = Command::new(crate::support::BINARY)
             .args(args)
             .stdin(std::process::Stdio::piped())
             .stderr(std::process::Stdio::piped())

@@ -16,6 +16,11 @@ pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef0123456789abcde
 pub(crate) const NEXT_SECRET: &str = "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
 /// Longer than anything here takes, so that a hang names its test.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// `make test` names the static binary that the server embeds, which alone can die of NSS.
+pub(crate) const BINARY: &str = match option_env!("STILLBOX_AGENT_UNDER_TEST") {
+    Some(file) => file,
+    None => env!("CARGO_BIN_EXE_stillbox-agent"),
+};
 /// `root:` in base64.
 const AS_ROOT: &str = "Basic cm9vdDo=";
 
@@ -69,7 +74,7 @@ impl Agent {
             .args(unshare_args)
             .args(["sh", "-c", script, "sh"])
             .arg(folder.path())
-            .arg(env!("CARGO_BIN_EXE_stillbox-agent"))
+            .arg(BINARY)
             .arg(port.to_string())
             .env_clear()
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
