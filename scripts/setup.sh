@@ -21,7 +21,7 @@ libcap-dev|CRIU
 libnet1-dev|CRIU
 libnl-3-dev|CRIU
 uuid-dev|CRIU
-patch|CRIU: our two changes
+patch|CRIU: our changes
 xz-utils|CRIU: its source archive
 bzip2|CRIU: its source archive
 mmdebstrap|makes the base template from Debian's packages

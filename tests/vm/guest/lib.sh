@@ -48,6 +48,6 @@ left_of_sandboxes() {
     losetup -a | grep -F /var/lib/stillbox/sandboxes/
     ls -A /var/lib/stillbox/sandboxes
     find /sys/fs/cgroup -mindepth 2 -type d -path '*stillbox-*' -name 'i????????????????????*'
-    pgrep -af stillbox-agent
+    pgrep -af '^/.stillbox/agent'
     return 0
 }

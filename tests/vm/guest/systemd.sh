@@ -19,7 +19,7 @@ check "kill -9 of the server: systemd starts it again, the sandbox lives on" run
     before=$(unit MainPID) && kill -9 "$before" && until_true 50 bash -c "[ \$(systemctl show --property MainPID --value stillbox) != 0 ] && [ \$(systemctl show --property MainPID --value stillbox) != $before ] && stillbox sandbox ls" &&
     stillbox sandbox ls | grep "$ID" | grep -q running && inside "kill -0 \$(cat /tmp/pid)"'
 check "a new sandbox beside the old one" run 'second=$(stillbox sandbox create base) && [ "$(ID=$second inside "echo two")" = two ]'
-check "stop: the server ends, sandboxes stay" run 'systemctl stop stillbox && [ "$(unit MainPID)" = 0 ] && pgrep -f stillbox-agent >/dev/null'
+check "stop: the server ends, sandboxes stay" run 'systemctl stop stillbox && [ "$(unit MainPID)" = 0 ] && pgrep -f "^/.stillbox/agent" >/dev/null'
 check "start and kill: nothing is left" run '
     systemctl start stillbox && until_true 50 stillbox sandbox ls && stillbox sandbox kill --all &&
     { until_true 20 bash -c ". /vm/lib.sh; [ -z \"\$(left_of_sandboxes)\" ]" || { left_of_sandboxes; false; }; }'
