@@ -5,6 +5,8 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    // Root file systems are made with the modes that they say, whatever the caller's mask; what is private says so.
+    nix::sys::stat::umask(nix::sys::stat::Mode::S_IWGRP | nix::sys::stat::Mode::S_IWOTH);
     // The helper is no command for people: it gets everything by standard input, and its start counts in milliseconds.
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     if let [runtime, verb, arguments @ ..] = words.as_slice()
