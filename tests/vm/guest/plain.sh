@@ -71,8 +71,9 @@ stopped_time() {
     check "pause and resume: a program goes on" '
         inside "nohup sh -c \"i=0; while :; do i=\\\$((i+1)); echo \\\$i >/tmp/count; sleep 0.05; done\" >/dev/null 2>&1 & sleep 1" &&
         post() { curl -sS --fail-with-body -m 60 -H "X-API-KEY: $(api_key)" -H "Content-Type: application/json" "http://127.0.0.1:3000/sandboxes/$ID/$1" -d "$2"; } &&
-        before=$(inside "cat /tmp/count") && post pause "{}" && [ -z "$(cgroup_of $ID)" ] && post connect "{\"timeout\":300}" >/dev/null &&
-        after=$(inside "sleep 0.3; cat /tmp/count") && [ "$after" -gt "$before" ]'
+        count() { inside "until count=\$(cat /tmp/count) && [ -n \"\$count\" ]; do :; done; echo \$count"; } &&
+        before=$(count) && post pause "{}" && [ -z "$(cgroup_of $ID)" ] && post connect "{\"timeout\":300}" >/dev/null &&
+        sleep 1 && [ "$(count)" -gt "$before" ]'
     check "fork: two copies with files of their own" '
         copies=$(curl -sS --fail-with-body -m 60 -H "X-API-KEY: $(api_key)" -H "Content-Type: application/json" "http://127.0.0.1:3000/sandboxes/$ID/fork" -d "{\"count\":2,\"timeout\":300}" | jq -r ".[].sandbox.sandboxID") &&
         [ "$(wc -w <<<$copies)" = 2 ] && for copy in $copies; do ID=$copy inside "echo $copy >/tmp/whose; [ \$(cat /tmp/whose) = $copy ]" || exit 1; done &&
