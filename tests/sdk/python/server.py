@@ -17,6 +17,10 @@ BINARY = os.environ.get("STILLBOX_BIN", str(ROOT / "target/release/stillbox"))
 START_S_MAX = 240
 
 
+# The server refuses variables that it does not know; the tests' own are none of its business.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STILLBOX_")}
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -25,6 +29,9 @@ def free_port():
 
 class Server:
     """One server. `start` may be called again after `kill9` or `stop`: the data folder and the ports stay."""
+
+    # Layers never change, so the servers of one run share the first one's files by hard links.
+    first_data_dir = None
 
     def __init__(self, **settings):
         self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-"))
@@ -46,10 +53,11 @@ class Server:
         ]
 
     def start(self):
+        self.take_layers()
         log = open(self.log_path, "ab")
         archive = os.environ.get("STILLBOX_TEST_BASE")
         source = [f"--template-archive={archive}"] if archive else []
-        self.process = subprocess.Popen(self.command("serve", *source), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.process = subprocess.Popen(self.command("serve", *source), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
         deadline = time.monotonic() + START_S_MAX
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -60,6 +68,15 @@ class Server:
             except OSError:
                 time.sleep(0.02)
         raise RuntimeError(f"the server did not answer within {START_S_MAX} s:\n{self.log()[-4000:]}")
+
+    def take_layers(self):
+        """Takes over the base template of the first server of this run, which unpacked it."""
+        first = Server.first_data_dir
+        if first is None:
+            Server.first_data_dir = self.data_dir
+        elif first != self.data_dir and first.exists() and not (self.data_dir / "layers").exists():
+            for folder in ("layers", "templates"):
+                subprocess.run(["cp", "-al", str(first / folder), str(self.data_dir / folder)], check=True)
 
     def log(self):
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
@@ -74,7 +91,7 @@ class Server:
             self.process.wait(timeout=60)
 
     def cli(self, *arguments, check=True, **options):
-        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120, **options)
+        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
         if check and result.returncode != 0:
             raise RuntimeError(f"stillbox {' '.join(arguments)} ended with {result.returncode}: {result.stderr}")
         return result
@@ -86,7 +103,7 @@ class Server:
         return dict(pairs)
 
     def instance(self):
-        return (self.data_dir / "instance").read_text().strip()
+        return (self.data_dir / "instance-id").read_text().strip()
 
     def remove(self):
         """Ends the sandboxes, the server, and removes the data folder; what the kernel still holds is an error."""
