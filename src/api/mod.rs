@@ -9,6 +9,7 @@ mod body;
 mod e2b;
 mod error;
 mod layers;
+mod native;
 
 use crate::model::ByteSize;
 use crate::sandbox::Registry;
@@ -72,5 +73,5 @@ impl ApiState {
 
 /// All dialects on one router.
 pub fn router(state: ApiState) -> Router {
-    layers::around(e2b::routes(&state)).with_state(state)
+    layers::around(e2b::routes(&state).merge(native::routes(&state))).with_state(state)
 }

@@ -2,6 +2,7 @@
 
 mod client;
 mod demo;
+mod disk;
 mod env;
 mod exec;
 mod output;
@@ -95,6 +96,10 @@ enum Command {
     /// List, create, use and end sandboxes
     #[command(subcommand, visible_alias = "sbx")]
     Sandbox(sandbox::SandboxCommand),
+    /// Show what dumps take of the disk
+    Df,
+    /// Remove now what nothing needs: old rows, dumps without a sandbox or template
+    Gc,
     /// List and build templates
     #[command(subcommand)]
     Template(template::TemplateCommand),
@@ -120,6 +125,8 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Command::Doctor { deep } => Ok(doctor::run(&config, if deep { Deep::Yes } else { Deep::No })),
         Command::Demo => demo::run(&config),
         Command::Env(arguments) => env::run(&config, &arguments),
+        Command::Df => disk::df(&config),
+        Command::Gc => disk::gc(&config),
         Command::Sandbox(command) => sandbox::run(&config, command),
         Command::Template(command) => template::run(&config, command),
     };

@@ -33,6 +33,46 @@ pub(super) enum SandboxCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Stop a sandbox's time: memory, processes and files are kept
+    Pause {
+        /// The sandbox
+        id: String,
+        /// Keep its files only; resume is a cold boot
+        #[arg(long)]
+        files_only: bool,
+    },
+    /// Let a paused sandbox go on
+    Resume {
+        /// The sandbox
+        id: String,
+        /// Seconds until it ends
+        #[arg(long, default_value_t = 300)]
+        timeout: u32,
+    },
+    /// Copy a running sandbox with its memory; prints the copies' ids
+    Fork {
+        /// The sandbox
+        id: String,
+        /// How many copies
+        #[arg(short = 'n', long, default_value_t = 1)]
+        count: u32,
+        /// Seconds until they end
+        #[arg(long, default_value_t = 300)]
+        timeout: u32,
+    },
+    /// Tell what would keep a sandbox from being paused
+    Explain {
+        /// The sandbox
+        id: String,
+    },
+    /// Show what a sandbox used over time
+    Metrics {
+        /// The sandbox
+        id: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// End sandboxes and remove their files
     Kill {
         /// The sandboxes
@@ -96,8 +136,26 @@ pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
             exec::run(&client, &target, &arguments)
         }
         SandboxCommand::Info { id, json } => info(&client, &id, json),
+        SandboxCommand::Pause { id, files_only } => {
+            client.post_empty(&call(&id, "/pause"), &serde_json::json!({ "memory": !files_only }))?;
+            println!("{id}");
+            Ok(ExitCode::SUCCESS)
+        }
+        SandboxCommand::Resume { id, timeout } => {
+            client.post_empty(&call(&id, "/connect"), &serde_json::json!({ "timeout": timeout }))?;
+            println!("{id}");
+            Ok(ExitCode::SUCCESS)
+        }
+        SandboxCommand::Fork { id, count, timeout } => fork(&client, &id, count, timeout),
+        SandboxCommand::Explain { id } => explain(&client, &id),
+        SandboxCommand::Metrics { id, json } => metrics(&client, &id, json),
         SandboxCommand::Kill { ids, all } => kill(&client, ids, all),
     }
+}
+
+/// A call on one sandbox.
+fn call(id: &str, verb: &str) -> String {
+    format!("/sandboxes/{}{verb}", segment(id))
 }
 
 /// What an agent wants to hear from callers.
@@ -154,9 +212,67 @@ fn create(client: &Client, arguments: &CreateArguments) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn info(client: &Client, id: &str, json: bool) -> Outcome {
-    let value: serde_json::Value = client.get(&format!("/sandboxes/{}", segment(id)))?;
+fn fork(client: &Client, id: &str, count: u32, timeout: u32) -> Outcome {
+    let body = serde_json::json!({ "count": count, "timeout": timeout });
+    let copies: Vec<serde_json::Value> = client.post(&call(id, "/fork"), &body)?;
+    let mut code = ExitCode::SUCCESS;
+    for copy in copies {
+        match copy["sandbox"]["sandboxID"].as_str() {
+            Some(id) => println!("{id}"),
+            None => {
+                eprintln!("stillbox: a copy failed: {}", harmless(copy["error"]["message"].as_str().unwrap_or("no reason given")));
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
+}
+
+fn explain(client: &Client, id: &str) -> Outcome {
+    #[derive(Deserialize)]
+    struct Finding {
+        pid: i32,
+        command: String,
+        reason: String,
+    }
+    #[derive(Deserialize)]
+    struct Findings {
+        findings: Vec<Finding>,
+    }
+    let found: Findings = client.get(&format!("/stillbox/sandboxes/{}/findings", segment(id)))?;
+    if found.findings.is_empty() {
+        println!("nothing keeps {id} from being paused");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let rows = found.findings.into_iter().map(|finding| vec![finding.pid.to_string(), harmless(&finding.command), harmless(&finding.reason)]);
+    println!("{}", table(&["PID", "COMMAND", "REASON"], &rows.collect::<Vec<_>>()));
+    Ok(ExitCode::FAILURE)
+}
+
+fn metrics(client: &Client, id: &str, json: bool) -> Outcome {
+    let points: Vec<serde_json::Value> = client.get(&call(id, "/metrics"))?;
     if json {
+        println!("{}", serde_json::to_string_pretty(&points)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mib = |value: &serde_json::Value| format!("{} MiB", value.as_u64().unwrap_or(0) >> 20);
+    let rows = points.iter().map(|point| {
+        vec![
+            point["timestamp"].as_str().unwrap_or("").to_owned(),
+            format!("{:.2} % of {}", point["cpuUsedPct"].as_f64().unwrap_or(0.0), point["cpuCount"]),
+            format!("{} of {}", mib(&point["memUsed"]), mib(&point["memTotal"])),
+            format!("{} of {}", mib(&point["diskUsed"]), mib(&point["diskTotal"])),
+        ]
+    });
+    println!("{}", table(&["TIME", "CPU", "MEMORY", "DISK"], &rows.collect::<Vec<_>>()));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn info(client: &Client, id: &str, json: bool) -> Outcome {
+    let mut value: serde_json::Value = client.get(&call(id, ""))?;
+    let inside: serde_json::Value = client.get(&format!("/stillbox/sandboxes/{}", segment(id)))?;
+    if json {
+        value["stillbox"] = inside;
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(ExitCode::SUCCESS);
     }
@@ -170,6 +286,15 @@ fn info(client: &Client, id: &str, json: bool) -> Outcome {
     println!("ends       {}", sandbox.end_at);
     println!("limits     {} CPUs, {} MiB memory, {} MiB disk", sandbox.cpu_count, sandbox.memory_mb, sandbox.disk_size_mb);
     println!("metadata   {}", harmless(&metadata.join(" ")));
+    match (&inside["initPid"], &inside["dump"]) {
+        (serde_json::Value::Number(pid), _) => println!("first pid  {pid} on the host"),
+        (_, serde_json::Value::Object(dump)) => println!(
+            "dump       {} MiB, {}",
+            dump["memoryBytes"].as_u64().unwrap_or(0) >> 20,
+            if dump["synced"] == true { "safe against power loss" } else { "not yet safe against power loss" }
+        ),
+        _ => {}
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,6 +3,7 @@
 use super::config::SandboxConfig;
 use super::core::{Core, Seams};
 use super::create::{self, CreateError};
+use super::disk_use::{self, DiskUse};
 use super::driver::{Request, answered};
 use super::error::{StoreFailure, UnknownSandbox};
 use super::fork::{self, Copies, Fork, ForkError};
@@ -18,7 +19,7 @@ use super::timeout::{NewEnd, TimeoutError};
 use super::tokens::{InstallKey, TokenKind};
 use super::{housekeeping, timers};
 use crate::model::{
-    EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec, SandboxState,
+    ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec, SandboxState,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
@@ -175,6 +176,16 @@ impl Registry {
             return Err(PauseError::InTransition { id, state });
         }
         self.core.runtime.findings(id).await.map_err(|error| PauseError::Dump { id, source: Box::new(error) })
+    }
+
+    /// All dumps of this data folder and what they take.
+    pub async fn disk_use(&self) -> Result<DiskUse, StoreFailure> {
+        disk_use::disk_use(&self.core).await
+    }
+
+    /// Removes now what housekeeping would remove within a minute; returns the bytes of dumps given back.
+    pub async fn collect_garbage(&self) -> Result<ByteSize, StoreFailure> {
+        disk_use::collect_garbage(&self.core).await
     }
 
     /// Replaces the egress half of its network policy.

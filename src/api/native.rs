@@ -1,0 +1,85 @@
+//! Our own calls, below `/stillbox/`, for what no cloud's dialect has: used by our command line, with the same key.
+
+use super::ApiState;
+use super::auth::require_key;
+use super::error::ApiError;
+use crate::model::{Keep, SandboxId};
+use axum::extract::{Path, State};
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use time::format_description::well_known::Rfc3339;
+
+pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
+    Router::new()
+        .route("/stillbox/sandboxes/{id}", get(inside))
+        .route("/stillbox/sandboxes/{id}/findings", get(findings))
+        .route("/stillbox/disk", get(disk))
+        .route("/stillbox/disk/gc", post(collect_garbage))
+        .route_layer(from_fn_with_state(state.clone(), require_key))
+}
+
+fn parsed(id: &str) -> Result<SandboxId, ApiError> {
+    id.parse().map_err(|error: crate::model::ParseIdError| ApiError::bad_request(error.to_string()))
+}
+
+/// What the kernel and the disk hold of a sandbox: for people who look after the machine.
+async fn inside(State(state): State<ApiState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let record = state.registry.get(parsed(&id)?)?;
+    let dump = match record.snapshot {
+        Some(snapshot) => state.registry.disk_use().await?.dumps.into_iter().find(|dump| dump.snapshot == snapshot),
+        None => None,
+    };
+    Ok(Json(json!({
+        "sandboxID": record.id.as_str(),
+        "state": record.state.as_str(),
+        "initPid": record.kernel.as_ref().map(|kernel| kernel.init.pid),
+        "slot": record.kernel.as_ref().map(|kernel| kernel.slot),
+        "uidBase": record.kernel.as_ref().map(|kernel| kernel.uid_base),
+        "generation": record.generation,
+        "kept": record.paused.map(|keep| match keep {
+            Keep::Memory => "memory",
+            Keep::FilesOnly => "files",
+        }),
+        "dump": dump.map(|dump| json!({
+            "snapshotID": dump.snapshot.as_str(),
+            "memoryBytes": dump.memory.bytes(),
+            "synced": dump.synced,
+        })),
+    })))
+}
+
+/// What would keep a sandbox from being paused now; an empty list when nothing would.
+async fn findings(State(state): State<ApiState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let findings = state.registry.explain(parsed(&id)?).await?;
+    let findings: Vec<Value> = findings
+        .into_iter()
+        .map(|finding| json!({ "pid": finding.pid, "command": finding.command, "reason": finding.reason }))
+        .collect();
+    Ok(Json(json!({ "findings": findings })))
+}
+
+async fn disk(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
+    let disk = state.registry.disk_use().await?;
+    let dumps: Vec<Value> = disk
+        .dumps
+        .iter()
+        .map(|dump| {
+            json!({
+                "snapshotID": dump.snapshot.as_str(),
+                "sandboxID": dump.sandbox.as_str(),
+                "memoryBytes": dump.memory.bytes(),
+                "diskBytes": dump.disk.bytes(),
+                "createdAt": dump.created_at.format(&Rfc3339).unwrap_or_default(),
+                "synced": dump.synced,
+            })
+        })
+        .collect();
+    Ok(Json(json!({ "dumps": dumps, "usedBytes": disk.used.bytes(), "limitBytes": disk.limit.bytes() })))
+}
+
+async fn collect_garbage(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
+    let freed = state.registry.collect_garbage().await?;
+    Ok(Json(json!({ "freedBytes": freed.bytes() })))
+}

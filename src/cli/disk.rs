@@ -1,0 +1,62 @@
+//! `stillbox df` and `stillbox gc`: what dumps take of the disk, and giving back what nothing needs.
+
+use super::Outcome;
+use super::client::Client;
+use super::output::table;
+use crate::config::Config;
+use crate::model::ByteSize;
+use serde::Deserialize;
+use std::process::ExitCode;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Disk {
+    dumps: Vec<Dump>,
+    used_bytes: u64,
+    limit_bytes: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Dump {
+    #[serde(rename = "snapshotID")]
+    snapshot_id: String,
+    #[serde(rename = "sandboxID")]
+    sandbox_id: String,
+    memory_bytes: u64,
+    disk_bytes: u64,
+    created_at: String,
+    synced: bool,
+}
+
+pub(super) fn df(config: &Config) -> Outcome {
+    let disk: Disk = Client::new(config)?.get("/stillbox/disk")?;
+    let rows: Vec<Vec<String>> = disk
+        .dumps
+        .iter()
+        .map(|dump| {
+            vec![
+                dump.snapshot_id.clone(),
+                dump.sandbox_id.clone(),
+                ByteSize(dump.memory_bytes).to_string(),
+                ByteSize(dump.disk_bytes).to_string(),
+                dump.created_at.clone(),
+                if dump.synced { "yes" } else { "not yet" }.to_owned(),
+            ]
+        })
+        .collect();
+    println!("{}", table(&["DUMP", "OF SANDBOX", "MEMORY", "DISK", "TAKEN", "SYNCED"], &rows));
+    println!("{} of {} (snapshots.disk_bytes_max)", ByteSize(disk.used_bytes), ByteSize(disk.limit_bytes));
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn gc(config: &Config) -> Outcome {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Freed {
+        freed_bytes: u64,
+    }
+    let freed: Freed = Client::new(config)?.post("/stillbox/disk/gc", &serde_json::json!({}))?;
+    println!("{} given back", ByteSize(freed.freed_bytes));
+    Ok(ExitCode::SUCCESS)
+}
