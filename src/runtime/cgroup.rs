@@ -56,7 +56,7 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Cgroup
 enum Version {
     /// One hierarchy with all controllers.
     V2,
-    /// One hierarchy per controller, perhaps with an empty v2 one beside them.
+    /// One hierarchy per controller.
     V1,
 }
 
@@ -95,11 +95,14 @@ impl Cgroups {
 
     fn prepare_v2(&self) -> Result<(), CgroupError> {
         let root = &self.hierarchies.first().ok_or(CgroupError::Missing("cgroup v2"))?.mount;
-        if let Err(error) = enable_controllers(root) {
+        match enable_controllers(root) {
             // In a container the root of what we see is a group with processes in it, which may not hand controllers
             // down; they move into a group of their own.
-            leave_root(root).map_err(|_| error)?;
-            enable_controllers(root)?;
+            Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::EBUSY) => {
+                leave_root(root)?;
+                enable_controllers(root)?;
+            }
+            enabled => enabled?,
         }
         let group = root.join(&self.group);
         make(&group)?;
@@ -329,7 +332,8 @@ fn detect(mountinfo: &str) -> (Version, Vec<Hierarchy>) {
     }
     let has_v1_memory = legacy.iter().any(|hierarchy| hierarchy.has("memory"));
     match has_v1_memory {
-        true => (Version::V1, legacy.into_iter().chain(unified).collect()),
+        // The v2 hierarchy of a hybrid machine has no controllers, and moving there costs an RCU grace period.
+        true => (Version::V1, legacy),
         false => (Version::V2, unified),
     }
 }
@@ -405,7 +409,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hybrid_machine_is_v1_with_the_empty_v2_hierarchy_beside() {
+    fn a_hybrid_machine_is_v1_and_its_empty_v2_hierarchy_is_left_alone() {
         let mountinfo = "\
 30 20 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
 31 30 0:27 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
@@ -414,7 +418,7 @@ mod tests {
 34 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
         let (version, hierarchies) = detect(mountinfo);
         assert_eq!(version, Version::V1);
-        assert_eq!(hierarchies.len(), 4);
+        assert_eq!(hierarchies.len(), 3);
         assert!(hierarchies[0].has("cpu") && hierarchies[0].has("cpuacct") && !hierarchies[0].has("memory"));
     }
 

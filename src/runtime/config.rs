@@ -15,6 +15,16 @@ pub enum SandboxMounts {
     None,
 }
 
+/// What sandboxes' disks are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskDriver {
+    /// Images on loop devices where the machine has them, else folders.
+    Auto,
+    /// Folders of the host's file system: no size limit and no dumps, for machines whose loop devices are taken.
+    Folder,
+}
+
 /// A range of host ids that user namespaces are carved from: each sandbox gets 65536 of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UidRanges {
@@ -47,6 +57,8 @@ pub struct RuntimeConfig {
     /// No sandbox is started when less than this is free below `data_dir`: a full host disk tears every sandbox's
     /// file system at once, so the last bytes are not for new ones.
     pub disk_free_min: ByteSize,
+    /// What disks are made of.
+    pub disk_driver: DiskDriver,
     /// What root inside may mount.
     pub mounts: SandboxMounts,
     /// inotify instances per sandbox; the host's own `fs.inotify.max_user_instances` is 128 per user by default.
@@ -71,6 +83,7 @@ impl RuntimeConfig {
             helper_time_max: Duration::from_secs(60),
             uid_ranges: UidRanges::default(),
             disk_free_min: ByteSize::gib(2),
+            disk_driver: DiskDriver::Auto,
             mounts: SandboxMounts::User,
             inotify_instances_max: 128,
             ptys_max: 64,

@@ -3,6 +3,7 @@
 //! Here are the files; mounting them is rootfs.rs. An image holds `upper` and `work` of the overlay with ids from 0.
 
 use super::DiskSource;
+use super::config::DiskDriver;
 use super::layout::{Layout, SandboxFolder};
 use crate::model::ByteSize;
 use crate::sys::disk::copy_sparse;
@@ -51,7 +52,7 @@ pub enum DiskError {
         detail: String,
     },
     /// Folders have no copies.
-    #[error("this machine has no loop devices (modprobe loop), so a disk is a folder and cannot be copied")]
+    #[error("disks are folders here, without loop devices (modprobe loop; runtime.disk_driver), and cannot be copied")]
     NoCopies,
     /// A file said no.
     #[error("cannot {action} {}", path.display())]
@@ -81,10 +82,10 @@ pub struct Disks {
 
 impl Disks {
     /// Looks at what the machine can do.
-    pub fn open(layout: Layout, free_min: ByteSize) -> Self {
-        let kind = match loop_device::available() {
-            true => DiskKind::Image,
-            false => DiskKind::Folder,
+    pub fn open(layout: Layout, driver: DiskDriver, free_min: ByteSize) -> Self {
+        let kind = match driver {
+            DiskDriver::Auto if loop_device::available() => DiskKind::Image,
+            DiskDriver::Auto | DiskDriver::Folder => DiskKind::Folder,
         };
         Self { layout, kind, free_min }
     }
@@ -155,7 +156,8 @@ pub fn copy_image(from: &Path, to: &Path) -> Result<(), DiskError> {
 /// No journal: after a crash of the host a sandbox is cold-booted or thrown away, and a journal would double what is
 /// written. No reserved blocks: root inside is not our root. Inode tables are zeroed when first used.
 fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
-    let contents = tempfile_folder(path).map_err(failed("make", path))?;
+    let contents = PathBuf::from(format!("{}.contents", path.display()));
+    make_disk_folder_io(&contents).map_err(failed("make", &contents))?;
     let file = create_private(path).map_err(failed("make", path))?;
     file.set_len(size.bytes()).map_err(failed("make", path))?;
     let made = Command::new("mkfs.ext4")
@@ -172,12 +174,6 @@ fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
         Ok(output) => Err(DiskError::Format { path: path.to_owned(), detail: String::from_utf8_lossy(&output.stderr).trim().to_owned() }),
         Err(error) => Err(DiskError::Format { path: path.to_owned(), detail: format!("{error}; install e2fsprogs") }),
     }
-}
-
-fn tempfile_folder(beside: &Path) -> io::Result<PathBuf> {
-    let contents = beside.with_extension("contents");
-    make_disk_folder_io(&contents)?;
-    Ok(contents)
 }
 
 fn make_disk_folder(path: &Path) -> Result<(), DiskError> {

@@ -13,6 +13,7 @@
 
 mod live;
 mod open;
+mod orphans;
 mod release;
 mod start;
 

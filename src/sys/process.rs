@@ -1,6 +1,7 @@
 //! Processes that stay the ones we mean: pidfds, start times, exits.
 
 use super::checked;
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use tokio::io::Interest;
@@ -66,6 +67,19 @@ pub async fn ended(pidfd: OwnedFd) -> io::Result<Option<ChildEnd>> {
     }
 }
 
+/// Children of this process that have ended and whose status nobody has taken.
+pub fn zombie_children() -> HashSet<i32> {
+    let parent = std::process::id().to_string();
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_zombie = |pid: &i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // After the command name: state, parent.
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().strip_prefix("Z ").is_some_and(|rest| rest.split(' ').next() == Some(&parent)))
+    };
+    pids.filter(is_zombie).collect()
+}
+
 /// Field 22 of /proc/PID/stat: when the process started, in clock ticks after boot.
 pub fn start_ticks(pid: i32) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -87,6 +101,18 @@ mod tests {
         let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 12345 1";
         assert_eq!(parse_start_ticks(stat), Some(987_654));
         assert_eq!(parse_start_ticks("42 (a"), None);
+    }
+
+    #[test]
+    fn a_child_that_nobody_waited_for_is_a_zombie_until_it_is_reaped() {
+        let child = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let pidfd = open_pidfd(pid).unwrap();
+        while !zombie_children().contains(&pid) {
+            std::thread::yield_now();
+        }
+        assert_eq!(reap(pidfd.as_fd()).unwrap(), Some(ChildEnd::Exited(0)));
+        assert!(!zombie_children().contains(&pid));
     }
 
     #[test]

@@ -127,7 +127,7 @@ fn read_events(mut body: &[u8]) -> Said {
     said
 }
 
-async fn send(kernel: &Kernel, id: SandboxId, mut request: Request<Full<bytes::Bytes>>) -> Result<(u16, bytes::Bytes), Box<dyn std::error::Error>> {
+async fn send(kernel: &Kernel, id: SandboxId, mut request: Request<Full<bytes::Bytes>>) -> Result<(u16, bytes::Bytes), Box<dyn std::error::Error + Send + Sync>> {
     request.headers_mut().insert("host", "localhost".parse()?);
     let stream = kernel.dial(id, AGENT_PORT).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;

@@ -2,9 +2,13 @@
 
 use crate::guest::{Said, init, run, wait_until_ready};
 use crate::machine::{BOOT_ID, Machine, SECRET, chain, on_own_machine};
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stillbox::model::{ByteSize, SandboxId};
+use stillbox::runtime::config::{DiskDriver, RuntimeConfig, SandboxMounts};
 use stillbox::runtime::kernel::Kernel;
+use stillbox::sys::process;
 use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, RuntimeError, StartFrom, StartRequest};
 
 #[test]
@@ -21,12 +25,60 @@ fn nothing_is_left_after_twenty_sandboxes() {
 }
 
 #[test]
+fn eight_sandboxes_start_at_once_and_nothing_is_left_of_them() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        for _ in 0..3 {
+            let ids: Vec<SandboxId> = (0..8).map(|_| SandboxId::random()).collect();
+            futures_util::future::join_all(ids.iter().map(|id| machine.start(&kernel, machine.request(*id)))).await;
+            futures_util::future::join_all(ids.iter().map(|id| async { kernel.destroy(*id).await.unwrap() })).await;
+        }
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn a_disk_that_is_a_folder_holds_files_and_refuses_dumps() {
+    on_own_machine(async |machine| {
+        let config = RuntimeConfig { disk_driver: DiskDriver::Folder, ..machine.config() };
+        let kernel = Kernel::open(config, machine.instance).await.unwrap();
+        let id = machine.sandbox(&kernel).await;
+        run(&kernel, id, "echo kept > /root/file; chown 1000 /root/file").await;
+        let dump = DumpRequest { id, after: AfterDump::Stop, images: folder(&machine, "images"), disk_copy: None };
+        let refused = kernel.dump(dump).await.unwrap_err();
+        assert!(chain(&refused).contains("runtime.disk_driver"), "{}", chain(&refused));
+        kernel.stop(id).await.unwrap();
+        machine.start(&kernel, StartRequest { disk: DiskSource::Own, ..machine.request(id) }).await;
+        assert_eq!(run(&kernel, id, "cat /root/file; stat -c %u /root/file").await.text, "kept\n1000\n");
+        kernel.destroy(id).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn without_mounts_root_inside_mounts_nothing() {
+    on_own_machine(async |machine| {
+        let config = RuntimeConfig { mounts: SandboxMounts::None, ..machine.config() };
+        let kernel = Kernel::open(config, machine.instance).await.unwrap();
+        let id = machine.sandbox(&kernel).await;
+        let said = run(&kernel, id, "mkdir /m && mount -t tmpfs none /m").await;
+        assert!(said.code != 0 && said.text.contains("permission denied"), "{said:?}");
+        assert_eq!(run(&kernel, id, "grep Seccomp: /proc/1/status").await.text, "Seccomp:\t2\n");
+        kernel.destroy(id).await.unwrap();
+        kernel.close().await;
+    });
+}
+
+#[test]
 fn the_end_of_pid_1_is_reported_with_its_reason() {
     on_own_machine(async |machine| {
         let kernel = machine.kernel().await;
-        let id = machine.sandbox(&kernel).await;
-        let pid = pids_of(&machine, id)[0];
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+        let id = SandboxId::random();
+        let init = kernel.start(machine.request(id)).await.unwrap().init;
+        wait_until_ready(&kernel, id).await;
+        process::kill(process::open_pidfd(init.pid).unwrap().as_fd()).unwrap();
         let exit = tokio::time::timeout(Duration::from_secs(5), kernel.exited(id)).await.unwrap();
         assert_eq!(exit.detail, "killed by signal 9");
         kernel.destroy(id).await.unwrap();
@@ -58,14 +110,22 @@ fn a_stopped_sandbox_keeps_its_disk_and_boots_from_it() {
 #[test]
 fn the_next_server_takes_running_sandboxes_over_and_sweeps_the_rest() {
     on_own_machine(async |machine| {
-        let first = machine.kernel().await;
-        let (kept, dropped) = (SandboxId::random(), machine.sandbox(&first).await);
-        let kernel_ref = first.start(machine.request(kept)).await.unwrap();
-        wait_until_ready(&first, kept).await;
-        init(&first, kept, SECRET, BOOT_ID).await;
-        run(&first, kept, "echo before > /root/file").await;
-        // As after kill -9: nothing is told to end.
-        drop(first);
+        let machine = Arc::new(machine);
+        let (kept, dropped) = (SandboxId::random(), SandboxId::random());
+        // A server of its own: ending its tasks at once is as near to kill -9 as a test in one process comes.
+        let server = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let on_it = Arc::clone(&machine);
+        let first = server.spawn(async move {
+            let first = on_it.kernel().await;
+            on_it.start(&first, on_it.request(dropped)).await;
+            let kernel_ref = first.start(on_it.request(kept)).await.unwrap();
+            wait_until_ready(&first, kept).await;
+            init(&first, kept, SECRET, BOOT_ID).await;
+            run(&first, kept, "echo before > /root/file").await;
+            kernel_ref
+        });
+        let kernel_ref = first.await.unwrap();
+        tokio::task::spawn_blocking(move || server.shutdown_timeout(Duration::from_secs(1))).await.unwrap();
 
         let second = machine.kernel().await;
         second.adopt(kept, &kernel_ref).await.unwrap();
@@ -196,15 +256,4 @@ fn folder(machine: &Machine, name: &str) -> std::path::PathBuf {
     let path = machine.data_dir().join(name);
     std::fs::create_dir(&path).unwrap();
     path
-}
-
-/// The sandbox's processes as the host sees them, pid 1 first.
-fn pids_of(machine: &Machine, id: SandboxId) -> Vec<i32> {
-    let find = std::process::Command::new("find")
-        .args(["/sys/fs/cgroup", "-path", &format!("*stillbox-{}/{id}/cgroup.procs", machine.instance)])
-        .output()
-        .unwrap();
-    let files = String::from_utf8(find.stdout).unwrap();
-    let procs = std::fs::read_to_string(files.lines().next().unwrap()).unwrap();
-    procs.lines().map(|pid| pid.parse().unwrap()).collect()
 }

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use stillbox::model::{ByteSize, InstanceId, NetworkPolicy, Resources, SandboxId};
+use stillbox::runtime::cgroup::Cgroups;
 use stillbox::runtime::config::RuntimeConfig;
 use stillbox::runtime::kernel::Kernel;
 use stillbox::runtime::network::NetworkConfig;
@@ -106,7 +107,7 @@ impl Machine {
             }
         }
         let cgroups = Command::new("find")
-            .args(["/sys/fs/cgroup", "-mindepth", "2", "-type", "d", "-path", &format!("*stillbox-{}/*", self.instance)])
+            .args(["/sys/fs/cgroup", "-type", "d", "-path", &format!("*stillbox-{}/*", self.instance)])
             .output()
             .unwrap();
         traces.extend(String::from_utf8_lossy(&cgroups.stdout).lines().map(|line| format!("cgroup {line}")));
@@ -119,10 +120,23 @@ impl Machine {
 }
 
 impl Drop for Machine {
-    /// The data folder is a mount of itself, which would keep the temporary folder from being removed.
+    /// A test that failed leaves its sandboxes behind; they end as the server would end them, by cgroup and pidfd.
     fn drop(&mut self) {
-        let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).output();
-        drop(unmounted);
+        if let Ok(cgroups) = Cgroups::open(self.instance) {
+            for id in cgroups.sandboxes() {
+                let cgroup = cgroups.of(id);
+                if let Err(error) = cgroup.kill_all().and_then(|()| cgroup.remove()) {
+                    eprintln!("sandbox {id} of a failed test is still there: {error}");
+                }
+            }
+            cgroups.close();
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| Path::new(point).starts_with(self.folder.path()));
+        // The deepest first.
+        for point in points.collect::<Vec<_>>().into_iter().rev() {
+            drop(nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH));
+        }
     }
 }
 

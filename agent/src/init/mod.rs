@@ -108,7 +108,11 @@ fn is_uuid(text: &str) -> bool {
 }
 
 fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), InitError> {
-    rustix::system::sethostname(request.hostname.as_bytes()).map_err(|error| InitError::Hostname(error.into()))?;
+    match rustix::system::sethostname(request.hostname.as_bytes()) {
+        // Without CAP_SYS_ADMIN (`runtime.mounts = "none"`) nobody inside may; the name then stands in the files alone.
+        Ok(()) | Err(rustix::io::Errno::PERM) => {}
+        Err(error) => return Err(InitError::Hostname(error.into())),
+    }
     let former = agent.identity();
     if former.sandbox_id != request.sandbox_id {
         // What the template's build or the source of a fork printed belongs to them.

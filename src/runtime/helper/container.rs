@@ -127,11 +127,10 @@ fn join(cgroup_folders: &[PathBuf]) -> io::Result<()> {
 
 /// Limits and scores are inherited. All of it is best effort: without CAP_SYS_RESOURCE the host's limits stay.
 pub(super) fn prepare_this_process() {
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let wanted = OPEN_FILES_MAX.max(hard);
-        if setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_err() {
-            let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-        }
+    if setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES_MAX, OPEN_FILES_MAX).is_err()
+        && let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, nix::sys::resource::RLIM_INFINITY);
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);

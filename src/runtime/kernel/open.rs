@@ -1,6 +1,6 @@
 //! What a server does once: folders, the shared mount, programs, pools.
 
-use super::{Kernel, Shared};
+use super::{Kernel, Shared, orphans};
 use crate::model::{DumpKey, InstanceId};
 use crate::runtime::agent::{self, AgentLayerError};
 use crate::runtime::cgroup::{CgroupError, Cgroups};
@@ -52,6 +52,7 @@ impl Kernel {
         // Only now: its pins are mounts below the data folder, which the new mount of that would hide.
         let network = Network::open(config.network.clone(), instance, layout.data_dir()).await?;
         let shared = blocking(move || open_rest(config, instance, layout, network)).await?;
+        tokio::spawn(orphans::reap_forever());
         Ok(Self(Arc::new(shared)))
     }
 }
@@ -76,9 +77,9 @@ fn open_data_dir(data_dir: &Path) -> Result<Layout, OpenError> {
 fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, network: Network) -> Result<Shared, OpenError> {
     // Sandboxes' first processes become ours when their helper ends, so that their exit status reaches us.
     nix::sys::prctl::set_child_subreaper(true).map_err(|errno| wrong("become the subreaper for", layout.data_dir())(errno.into()))?;
-    let disks = Disks::open(layout.clone(), config.disk_free_min);
+    let disks = Disks::open(layout.clone(), config.disk_driver, config.disk_free_min);
     if disks.kind() == DiskKind::Folder {
-        tracing::warn!("No loop devices here (modprobe loop): disks are plain folders without a size limit, and nothing can be paused");
+        tracing::warn!("Disks are plain folders, without loop devices (modprobe loop; runtime.disk_driver): they have no size limit, and nothing can be paused");
     }
     let agent = agent::install(&layout)?;
     let criu = usable_criu(&layout, config.criu.as_deref());

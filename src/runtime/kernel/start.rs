@@ -3,7 +3,7 @@
 use super::live::Live;
 use super::{Kernel, Shared, network_error, step};
 use crate::model::{KernelRef, ProcessRef, SandboxId};
-use crate::runtime::disk::DiskError;
+use crate::runtime::disk::{DiskError, DiskKind};
 use crate::runtime::helper::client::{HelperError, call};
 use crate::runtime::helper::container::{ColdStart, Limits};
 use crate::runtime::helper::dump::Dump;
@@ -142,6 +142,9 @@ impl Kernel {
         let findings = self.findings(id).await?;
         if !findings.is_empty() {
             return Err(RuntimeError::NotDumpable { id, findings });
+        }
+        if self.0.disks.kind() == DiskKind::Folder {
+            return Err(step(id, "dumping its processes")(DiskError::NoCopies));
         }
         let criu = self.0.criu.as_ref().ok_or_else(|| step(id, "dumping its processes")("this machine has no usable CRIU"))?;
         let folder = self.0.layout.sandbox(id);
