@@ -47,10 +47,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::join;
 use tracing::warn;
 
 /// How many times `pool_slots` may lie ready when many are given back at once: recycling is cheaper than making.
 const READY_PER_POOL: u32 = 2;
+/// While there are others, a slot is replaced a little later: making one holds the kernel's network lock, which the
+/// create that took it needs now.
+const REFILL_DELAY: Duration = Duration::from_millis(50);
 /// How long nothing is made ahead of time after that failed.
 const REFILL_PAUSE: Duration = Duration::from_secs(1);
 
@@ -357,12 +361,18 @@ impl Shared {
     async fn dress(&self, slot: &Slot, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
         let record = Record { sandbox, policy: policy.clone() };
         record.write(&self.plan.pins, slot.number).map_err(step("writing down a network slot's owner"))?;
-        slot.label(&self.links, Some(sandbox)).await.map_err(step("naming a network slot's link"))?;
-        if !record.has_default_rules() {
-            let (slot, instance, policy) = (slot.clone(), self.plan.instance, record.policy);
-            blocking(move || slot.apply_policy(instance, &policy)).await.map_err(step("writing a sandbox's egress rules"))?;
+        let label = async { slot.label(&self.links, Some(sandbox)).await.map_err(step("naming a network slot's link")) };
+        // All are waited for, even when one fails: the slot is recycled then, and nobody may still be writing to it.
+        let (label, rules, services) = join!(label, self.apply_policy(slot, &record), self.serve(slot, policy));
+        label.and(rules).and(services)
+    }
+
+    async fn apply_policy(&self, slot: &Slot, record: &Record) -> Result<(), NetworkError> {
+        if record.has_default_rules() {
+            return Ok(());
         }
-        self.serve(slot, policy).await
+        let (slot, instance, policy) = (slot.clone(), self.plan.instance, record.policy.clone());
+        blocking(move || slot.apply_policy(instance, &policy)).await.map_err(step("writing a sandbox's egress rules"))
     }
 
     async fn serve(&self, slot: &Slot, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
@@ -416,6 +426,12 @@ impl Shared {
     /// Makes slots ahead of time until the pool is closed.
     async fn keep_filled(self: Arc<Self>) {
         while let Some(number) = self.pool.next_to_make(self.config.pool_slots).await {
+            if self.pool.has_ready() {
+                tokio::time::sleep(REFILL_DELAY).await;
+            }
+            if self.pool.is_closed() {
+                return self.pool.forget(number);
+            }
             match self.make(number).await {
                 Ok(slot) => self.keep_or_remove(slot, u32::MAX).await,
                 Err(error) => {

@@ -7,7 +7,7 @@
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-use nix::sys::statfs::statfs;
+use nix::sys::statfs::{FsType, statfs};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-const NSFS_MAGIC: i64 = 0x6e73_6673;
+const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
 
 /// An open network namespace; it exists at least as long as this.
 #[derive(Debug, Clone)]
@@ -102,7 +102,7 @@ pub fn unpin(path: &Path) -> io::Result<()> {
 }
 
 fn is_nsfs(path: &Path) -> io::Result<bool> {
-    Ok(i64::from(statfs(path)?.filesystem_type().0) == NSFS_MAGIC)
+    Ok(statfs(path)?.filesystem_type() == NSFS_MAGIC)
 }
 
 fn on_own_thread<T: Send>(name: &str, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {

@@ -55,7 +55,7 @@ fn a_sandbox_reaches_neither_others_nor_the_host_nor_its_lan_nor_metadata() {
         let neighbour = world.sandbox(&network, &open()).await;
         let stranger = world.sandbox(&elsewhere, &open()).await;
         for other in [&neighbour, &stranger] {
-            other.netns.run(|| Ok(serve("0.0.0.0:80"))).unwrap();
+            other.inside(|| serve("0.0.0.0:80"));
         }
         let outer = |instance: &str| {
             let routes = run("ip", &["-o", "route", "show"]);
@@ -139,10 +139,10 @@ fn a_packet_with_a_made_up_source_goes_nowhere() {
         let network = world.network("aaaaa").await;
         let sandbox = world.sandbox(&network, &open()).await;
         let spoofed = Ipv4Addr::new(10, 254, 0, 77);
-        sandbox.netns.run(|| Ok(ip(&format!("addr add {spoofed}/32 dev eth0")))).unwrap();
-        sandbox.netns.run(|| Ok(ip(&format!("route replace default via 10.254.0.1 src {spoofed}")))).unwrap();
+        sandbox.inside(|| ip(&format!("addr add {spoofed}/32 dev eth0")));
+        sandbox.inside(|| ip(&format!("route replace default via 10.254.0.1 src {spoofed}")));
         assert!(sandbox.ask(ONE).is_err());
-        sandbox.netns.run(|| Ok(ip("route replace default via 10.254.0.1 src 10.254.0.2"))).unwrap();
+        sandbox.inside(|| ip("route replace default via 10.254.0.1 src 10.254.0.2"));
         assert_eq!(sandbox.ask(ONE).unwrap(), HOST);
     });
 }
@@ -180,7 +180,7 @@ fn the_host_dials_what_listens_on_either_loopback_inside() {
     in_own_world(async |world| {
         let network = world.network("aaaaa").await;
         let sandbox = world.sandbox(&network, &no_internet()).await;
-        sandbox.netns.run(|| Ok((serve("127.0.0.1:8000"), serve("[::1]:8001")))).unwrap();
+        sandbox.inside(|| ["127.0.0.1:8000", "[::1]:8001"].into_iter().for_each(serve));
         for port in [8000, 8001] {
             network.dial(&sandbox.netns, port).await.unwrap();
         }

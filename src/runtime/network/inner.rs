@@ -6,11 +6,13 @@
 
 use super::links::{self, VethEnd};
 use crate::sys::netns::Netns;
+use futures_util::TryFutureExt;
 use rtnetlink::{Handle, RouteMessageBuilder};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use tokio::try_join;
 
 /// Name and index of the sandbox's end, the same in every sandbox. Indices of our choice are above those that the
 /// kernel gives to the tunnel devices that it may put into every new netns (`sit0`, `tunl0` and more).
@@ -58,12 +60,14 @@ impl InnerNetwork {
         })
     }
 
+    /// Sends together what does not wait for each other: the kernel does one after the other, but nobody wakes between.
     async fn connect(&self, slot: &Netns, inside: &Handle, outside: &Handle) -> io::Result<()> {
-        inside.link().set(links::link(links::LO_INDEX).up().build()).execute().await.map_err(links::into_io)?;
-        self.make_veth(slot, inside, outside).await?;
-        outside.link().set(links::link(SLOT_INNER_LINK.1).up().build()).execute().await.map_err(links::into_io)?;
-        outside.address().add(SLOT_INNER_LINK.1, self.gateway.into(), self.prefix).execute().await.map_err(links::into_io)?;
-        inside.address().add(INNER_LINK.1, self.address.into(), self.prefix).execute().await.map_err(links::into_io)?;
+        let lo = inside.link().set(links::link(links::LO_INDEX).up().build()).execute().map_err(links::into_io);
+        try_join!(lo, self.make_veth(slot, inside, outside))?;
+        let slot_up = outside.link().set(links::link(SLOT_INNER_LINK.1).up().build()).execute();
+        let slot_address = outside.address().add(SLOT_INNER_LINK.1, self.gateway.into(), self.prefix).execute();
+        let address = inside.address().add(INNER_LINK.1, self.address.into(), self.prefix).execute();
+        try_join!(slot_up, slot_address, address).map_err(links::into_io)?;
         let default = RouteMessageBuilder::<Ipv4Addr>::new().gateway(self.gateway).output_interface(INNER_LINK.1).build();
         inside.route().add(default).execute().await.map_err(links::into_io)
     }

@@ -108,6 +108,14 @@ impl Pool {
         }
     }
 
+    pub(super) fn is_closed(&self) -> bool {
+        lock(&self.state).is_closed
+    }
+
+    pub(super) fn has_ready(&self) -> bool {
+        !lock(&self.state).ready.is_empty()
+    }
+
     /// Whether a slot could be put among the ready ones: there are fewer than `ready_max`, and the pool is not closed.
     /// Otherwise the caller removes it.
     pub(super) fn put(&self, slot: Slot, ready_max: u32) -> bool {

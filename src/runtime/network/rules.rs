@@ -189,14 +189,14 @@ impl SlotRules<'_> {
         table.chain("redirects");
         table.base_chain("prerouting", nat(NfHook::Prerouting, DSTNAT_PRIORITY));
         let beyond_the_gateway = is_not(destination(), nft::text(self.gateway));
-        table.rule("prerouting", vec![self.from_sandbox(), beyond_the_gateway, jump("redirects")]);
+        table.rule("prerouting", vec![self.comes_from_sandbox(), beyond_the_gateway, jump("redirects")]);
         table.base_chain("postrouting", nat(NfHook::Postrouting, SRCNAT_PRIORITY));
         table.rule("postrouting", vec![goes_to(SLOT_OUTER_LINK), nft::masquerade()]);
         fill_policy(&mut table, &NetworkPolicy::default());
         table
     }
 
-    fn from_sandbox(&self) -> nft::Stmt {
+    fn comes_from_sandbox(&self) -> nft::Stmt {
         comes_from(self.inner_link)
     }
 
@@ -205,11 +205,11 @@ impl SlotRules<'_> {
         table.base_chain("forward", filter(NfHook::Forward, NfChainPolicy::Drop));
         table.rule("forward", vec![comes_from(SLOT_OUTER_LINK), nft::belongs_to_connection(), accept()]);
         table.rule("forward", vec![nft::is_no_ipv4(), drop()]);
-        table.rule("forward", vec![self.from_sandbox(), is_not(source(), nft::text(self.inner)), drop()]);
+        table.rule("forward", vec![self.comes_from_sandbox(), is_not(source(), nft::text(self.inner)), drop()]);
         // A new policy holds for new connections; those that are open go on.
-        table.rule("forward", vec![self.from_sandbox(), nft::belongs_to_connection(), accept()]);
-        table.rule("forward", vec![self.from_sandbox(), nft::opens_connection(), nft::connections_over(CONNECTIONS_MAX), drop()]);
-        table.rule("forward", vec![self.from_sandbox(), goes_to(SLOT_OUTER_LINK), goto("egress")]);
+        table.rule("forward", vec![self.comes_from_sandbox(), nft::belongs_to_connection(), accept()]);
+        table.rule("forward", vec![self.comes_from_sandbox(), nft::opens_connection(), nft::connections_over(CONNECTIONS_MAX), drop()]);
+        table.rule("forward", vec![self.comes_from_sandbox(), goes_to(SLOT_OUTER_LINK), goto("egress")]);
     }
 
     fn input(&self, table: &mut Transaction) {
@@ -225,7 +225,7 @@ impl SlotRules<'_> {
         table.rule("input", vec![nft::is_no_ipv4(), drop()]);
         table.rule("input", vec![comes_from("lo"), accept()]);
         table.rule("input", vec![nft::belongs_to_connection(), accept()]);
-        table.rule("input", vec![self.from_sandbox(), goto("services")]);
+        table.rule("input", vec![self.comes_from_sandbox(), goto("services")]);
     }
 }
 

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::try_join;
 use tracing::debug;
 
 const BACKLOG: u32 = 128;
@@ -50,9 +51,12 @@ impl Services {
         sockets: &SocketFactory,
     ) -> io::Result<Self> {
         let (view, seen) = watch::channel(View::of(policy));
-        let questions = udp(sockets.socket(slot, SocketKind::UdpV4).await?, DNS_PORT)?;
-        let long_questions = listener(sockets.socket(slot, SocketKind::TcpV4).await?, DNS_PORT)?;
-        let connections = listener(sockets.socket(slot, SocketKind::TcpV4).await?, GATE_PORT)?;
+        let socket = |kind| sockets.socket(slot, kind);
+        let (questions, long_questions, connections) =
+            try_join!(socket(SocketKind::UdpV4), socket(SocketKind::TcpV4), socket(SocketKind::TcpV4))?;
+        let questions = udp(questions, DNS_PORT)?;
+        let long_questions = listener(long_questions, DNS_PORT)?;
+        let connections = listener(connections, GATE_PORT)?;
         let responder = Responder { upstreams: Arc::clone(&upstreams), view: seen.clone() };
         let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone() };
         let mut tasks = JoinSet::new();

@@ -173,6 +173,15 @@ impl Sandbox {
         self.netns.run(|| TcpStream::connect_timeout(&SocketAddr::from((address, 80)), PATIENCE))
     }
 
+    /// Does something in the sandbox's netns that panics when it fails.
+    pub(crate) fn inside(&self, work: impl FnOnce() + Send) {
+        let work = || {
+            work();
+            Ok(())
+        };
+        self.netns.run(work).unwrap();
+    }
+
     /// The sandbox's processes are gone, the slot is not yet given back.
     pub(crate) fn end(self) -> u32 {
         self.lease.slot
@@ -214,7 +223,7 @@ pub(crate) fn serve(address: &str) {
 }
 
 fn answer(mut stream: TcpStream) -> io::Result<()> {
-    stream.read(&mut [0; 4096])?;
+    assert_ne!(stream.read(&mut [0; 4096])?, 0, "a question");
     let (asker, asked) = (stream.peer_addr()?.ip(), stream.local_addr()?.ip());
     stream.write_all(format!("{asker} {asked}").as_bytes())
 }

@@ -1,3 +1,5 @@
+//! Golden rule sets beside this file, one object per line, and the arithmetic of blocks.
+
 use super::*;
 use crate::model::EgressProxy;
 use crate::runtime::network::inner::SLOT_INNER_LINK;
