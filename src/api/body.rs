@@ -8,11 +8,9 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
 /// A body that must be there.
-#[derive(Debug)]
 pub(super) struct Json<T>(pub(super) T);
 
 /// A body that may be empty, which means all defaults.
-#[derive(Debug)]
 pub(super) struct OptionalJson<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<ApiState> for Json<T> {

@@ -31,7 +31,7 @@ async fn label(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     if let Some(InternalFailure(cause)) = response.extensions_mut().remove() {
         let chain = chain_of(cause.as_ref());
-        tracing::error!(request.id = %id, %method, path, cause = chain, "Request {id} failed: {chain}");
+        tracing::error!(request.id = %id, %method, path, "Request {id} failed: {chain}");
         response = body(response.status(), &format!("internal error; the server's log has more under request id {id}"));
     }
     response.headers_mut().insert(REQUEST_ID, HeaderValue::try_from(id).expect("a request id is hexadecimal"));

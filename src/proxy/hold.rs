@@ -87,8 +87,8 @@ fn refuse(error: RouteError) -> Refusal {
             Refusal::NoPlace(format!("{running} sandboxes are running, the limit is {limit}; the paused one cannot be woken now"))
         }
         RouteError::Wake(failed @ (ConnectError::TooLong { .. } | ConnectError::Restore { .. } | ConnectError::Store(_))) => {
-            let cause = failed.source().map(ToString::to_string).unwrap_or_default();
-            tracing::error!(cause, "A request could not wake its sandbox: {failed}");
+            // The core has logged it; how often clients try is theirs to choose.
+            tracing::debug!(error = &failed as &dyn Error, "A request could not wake its sandbox");
             Refusal::WakeFailed
         }
     }

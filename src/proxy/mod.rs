@@ -36,7 +36,7 @@ use tokio::net::TcpStream;
 pub struct ProxyConfig {
     /// Sandboxes are `<port>-<id>.<domain>`; may carry `:port`, which only clients care for.
     pub domain: String,
-    /// Client connections at once, over all listeners' share each; more wait in the backlog. Each costs about 20 KiB.
+    /// Client connections at once, per listener; more wait in the backlog. Each costs about 20 KiB.
     pub connections_max: usize,
     /// A client connection without a request for so long is closed. Longer than the SDKs keep theirs (300 s), so that
     /// they are the ones who close.

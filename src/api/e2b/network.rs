@@ -5,7 +5,7 @@ use super::super::body::OptionalJson;
 use super::super::error::ApiError;
 use super::ask::SandboxPath;
 use super::wire;
-use crate::model::{EgressTarget, NetworkPolicy, PublicTraffic, Secure};
+use crate::model::{EgressProxy, EgressTarget, NetworkPolicy, PublicTraffic, Secure};
 use axum::extract::State;
 use http::{HeaderValue, StatusCode};
 
@@ -58,10 +58,11 @@ pub(super) fn shown(policy: &NetworkPolicy) -> wire::ShownNetwork {
     }
 }
 
-/// The checked egress lists of a request.
+/// The checked egress half of a request.
 struct Egress {
     allow_out: Vec<EgressTarget>,
     deny_out: Vec<EgressTarget>,
+    proxy: Option<EgressProxy>,
 }
 
 impl TryFrom<wire::Egress> for Egress {
@@ -73,14 +74,20 @@ impl TryFrom<wire::Egress> for Egress {
         if let Some(domain) = deny_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
             return Err(ApiError::bad_request(format!("network.denyOut has the domain '{domain}'; only IP addresses and CIDR blocks can be denied")));
         }
-        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out })
+        let proxy = egress.egress_proxy.map(egress_proxy).transpose()?;
+        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out, proxy })
     }
 }
 
 impl Egress {
     fn policy(self, allow_internet_access: Option<bool>) -> Result<NetworkPolicy, ApiError> {
-        let policy =
-            NetworkPolicy { allow_internet_access, allow_out: self.allow_out, deny_out: self.deny_out, ..NetworkPolicy::default() };
+        let policy = NetworkPolicy {
+            allow_internet_access,
+            allow_out: self.allow_out,
+            deny_out: self.deny_out,
+            egress_proxy: self.proxy,
+            ..NetworkPolicy::default()
+        };
         match policy.allow_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
             Some(domain) if !policy.denies_everything() => Err(ApiError::bad_request(format!(
                 "network.allowOut has the domain '{domain}'; then network.denyOut must contain '0.0.0.0/0', since only what is denied is allowed by name"
@@ -93,13 +100,13 @@ impl Egress {
 /// Accepting a rule and not applying it would be worse than refusing it.
 fn refuse_unserved(egress: &wire::Egress) -> Result<(), ApiError> {
     let wants = [
-        ("network.egressProxy", egress.egress_proxy.is_some()),
+        ("network.egressProxy.tls", egress.egress_proxy.as_ref().and_then(|proxy| proxy.tls.as_ref()).is_some_and(|tls| tls.enabled == Some(true))),
         ("network.rules", egress.rules.as_ref().is_some_and(|rules| !rules.is_empty())),
         ("network.dnsServers", egress.dns_servers.is_some()),
         ("network.httpsPorts", egress.https_ports.as_ref().is_some_and(|ports| !ports.is_empty())),
     ];
     match wants.into_iter().find(|(_, is_wanted)| *is_wanted) {
-        Some((field, _)) => Err(ApiError::not_served(field, "leave it out; allowOut, denyOut, allowPublicTraffic and maskRequestHost are")),
+        Some((field, _)) => Err(ApiError::not_served(field, "leave it out; allowOut, denyOut, egressProxy without TLS, allowPublicTraffic and maskRequestHost are")),
         None => Ok(()),
     }
 }
@@ -111,6 +118,25 @@ fn targets(field: &str, texts: Option<Vec<String>>) -> Result<Vec<EgressTarget>,
     }
     let parse = |text: &String| text.trim().parse().map_err(|error| ApiError::bad_request(format!("{field}: {error}")));
     texts.iter().map(parse).collect()
+}
+
+/// SOCKS5 gives a user name and a password one byte of length each, and none may be empty (RFC 1929).
+fn egress_proxy(proxy: wire::EgressProxy) -> Result<EgressProxy, ApiError> {
+    let port = proxy.address.rsplit_once(':').map_or("", |(_, port)| port);
+    let is_address = port.parse().is_ok_and(|port: u16| port > 0) && proxy.address.parse::<http::uri::Authority>().is_ok_and(|address| !address.host().is_empty() && !proxy.address.contains('@'));
+    if !is_address {
+        let shown: String = proxy.address.chars().take(128).collect();
+        return Err(ApiError::bad_request(format!("network.egressProxy.address is '{shown}'; it must be host:port")));
+    }
+    for (field, text) in [("username", &proxy.username), ("password", &proxy.password)] {
+        if let Some(length) = text.as_ref().map(String::len).filter(|length| !(1..=255).contains(length)) {
+            return Err(ApiError::bad_request(format!("network.egressProxy.{field} has {length} bytes; SOCKS5 takes 1 to 255")));
+        }
+    }
+    if proxy.username.is_some() != proxy.password.is_some() {
+        return Err(ApiError::bad_request("network.egressProxy needs username and password together, or neither"));
+    }
+    Ok(EgressProxy { address: proxy.address, username: proxy.username, password: proxy.password })
 }
 
 /// A host with an optional port, in either of which `${PORT}` may stand.
@@ -145,6 +171,15 @@ mod tests {
     }
 
     #[test]
+    fn an_egress_proxy_is_shown_without_its_password() {
+        let policy = parsed(serde_json::json!({"egressProxy": {"address": "proxy.example.com:1080", "username": "u", "password": "secret"}}), Secure::Token).unwrap();
+        let proxy = policy.egress_proxy.as_ref().unwrap();
+        assert_eq!((proxy.username.as_deref(), proxy.password.as_deref()), (Some("u"), Some("secret")));
+        let shown = serde_json::to_value(shown(&policy)).unwrap();
+        assert_eq!(shown["egressProxy"], serde_json::json!({"address": "proxy.example.com:1080", "username": "u"}));
+    }
+
+    #[test]
     fn each_rule_of_the_contract_is_enforced_with_its_field_named() {
         let refused = |json, secure| parsed(json, secure).unwrap_err();
         let (code, message) = refused(serde_json::json!({"allowPublicTraffic": false}), Secure::Open);
@@ -153,7 +188,13 @@ mod tests {
         assert!(refused(serde_json::json!({"denyOut": ["example.com"]}), Secure::Token).1.contains("only IP addresses"));
         assert!(refused(serde_json::json!({"allowOut": ["10.0.0.0/33"]}), Secure::Token).1.starts_with("network.allowOut: '10.0.0.0/33' is neither"));
         assert!(refused(serde_json::json!({"maskRequestHost": "a b"}), Secure::Token).1.starts_with("network.maskRequestHost is 'a b'"));
-        assert_eq!(refused(serde_json::json!({"egressProxy": {"address": "a:1"}}), Secure::Token).0, 501);
+        for address in ["a", "a:0", "a:65536", ":1", "u@a:1", "a b:1"] {
+            let (_, message) = refused(serde_json::json!({"egressProxy": {"address": address}}), Secure::Token);
+            assert_eq!(message, format!("network.egressProxy.address is '{address}'; it must be host:port"));
+        }
+        assert!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "username": "u"}}), Secure::Token).1.contains("together"));
+        assert!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "username": "", "password": "p"}}), Secure::Token).1.contains("0 bytes"));
+        assert_eq!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "tls": {"enabled": true}}}), Secure::Token).0, 501);
         assert_eq!(refused(serde_json::json!({"rules": {"a.com": [{"transform": {"headers": {}}}]}}), Secure::Token).0, 501);
     }
 

@@ -24,7 +24,7 @@ impl Serialize for Time {
 }
 
 /// `POST /sandboxes` and `/v2/sandboxes`; the latter has no `secure`.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct NewSandbox {
     #[serde(rename = "templateID")]
@@ -60,7 +60,7 @@ pub(super) struct VolumeMount {
 }
 
 /// `network` of a create request.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Network {
     pub(super) allow_public_traffic: Option<bool>,
@@ -70,7 +70,7 @@ pub(super) struct Network {
 }
 
 /// `PUT /sandboxes/{id}/network`.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 pub(super) struct NetworkUpdate {
     pub(super) allow_internet_access: Option<bool>,
     #[serde(flatten)]
@@ -78,16 +78,29 @@ pub(super) struct NetworkUpdate {
 }
 
 /// The half of a network policy that an update replaces.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Egress {
     pub(super) allow_out: Option<Vec<String>>,
     pub(super) deny_out: Option<Vec<String>>,
-    /// Only whether it is there matters: no field of it is served.
-    pub(super) egress_proxy: Option<serde_json::Value>,
+    pub(super) egress_proxy: Option<EgressProxy>,
     pub(super) rules: Option<BTreeMap<String, Vec<NetworkRule>>>,
     pub(super) dns_servers: Option<Vec<String>>,
     pub(super) https_ports: Option<Vec<u32>>,
+}
+
+/// Without `Debug`, since it holds a password.
+#[derive(Default, Deserialize)]
+pub(super) struct EgressProxy {
+    pub(super) address: String,
+    pub(super) username: Option<String>,
+    pub(super) password: Option<String>,
+    pub(super) tls: Option<EgressProxyTls>,
+}
+
+#[derive(Default, Deserialize)]
+pub(super) struct EgressProxyTls {
+    pub(super) enabled: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
