@@ -26,8 +26,8 @@ part() { # name command…
 part "base template" target/release/stillbox template build base --data-dir "$top/target/test-template"
 # Release, because its dependencies are built already; overflow checks are on in that profile too.
 # The agent's tests run the static one that the release build has just embedded, not cargo's dynamic one.
-export STILLBOX_AGENT_UNDER_TEST=$top/target/agent/x86_64-unknown-linux-gnu/agent/stillbox-agent
-part "rules, wire, kernel" cargo test --release --locked --workspace --no-fail-fast
+part "rules, wire, kernel" env STILLBOX_AGENT_UNDER_TEST="$top/target/agent/x86_64-unknown-linux-gnu/agent/stillbox-agent" \
+    cargo test --release --locked --workspace --no-fail-fast
 part "SDKs" tests/sdk/run
 
 "$top/scripts/tally.sh" <"$log" || status=1
