@@ -317,3 +317,26 @@ fn a_subnet_that_the_host_has_routes_into_is_refused_by_name() {
         network.close().await;
     });
 }
+
+/// As Docker and ufw leave it, by whichever iptables this machine has; a machine without one has no such chains.
+#[test]
+fn a_forward_chain_of_iptables_lets_sandboxes_through_until_close() {
+    for program in ["iptables-nft", "iptables-legacy"] {
+        in_own_world(async move |world| {
+            let set_up = std::process::Command::new(program).args(["-P", "FORWARD", "DROP"]).output();
+            if !set_up.is_ok_and(|output| output.status.success()) {
+                println!("{program} is not to be had here: nothing to get through");
+                return;
+            }
+            let chain = || run(program, &["-S", "FORWARD"]);
+            let before = chain();
+            let network = world.network("aaaaa").await;
+            assert!(chain().contains("stillbox_aaaaa"), "{}", chain());
+            let sandbox = world.sandbox(&network, &open()).await;
+            assert_eq!(sandbox.ask(ONE).unwrap(), HOST);
+            network.release(sandbox.end()).await.unwrap();
+            network.close().await;
+            assert_eq!(chain(), before);
+        });
+    }
+}
