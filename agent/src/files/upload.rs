@@ -1,5 +1,6 @@
 //! POST /files: one or many files out of one body, streamed to the disk as it comes in.
 
+use std::collections::HashSet;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -98,7 +99,7 @@ impl Upload {
     /// Stores everything in `body`. `made_directories` is called after directories were made and before a file
     /// is made in them, so that recursive watchers see it.
     pub(crate) fn run(&self, body: impl Read, made_directories: &dyn Fn()) -> Result<Vec<Written>, Failure> {
-        let mut run = Run { upload: self, made_directories, written: Vec::new() };
+        let mut run = Run { upload: self, made_directories, paths: HashSet::new(), written: Vec::new() };
         let result = match self.coding {
             Coding::Identity => run.all(body),
             Coding::Gzip => run.all(MultiGzDecoder::new(body)),
@@ -114,6 +115,7 @@ impl Upload {
 struct Run<'a> {
     upload: &'a Upload,
     made_directories: &'a dyn Fn(),
+    paths: HashSet<PathBuf>,
     written: Vec<Written>,
 }
 
@@ -143,7 +145,7 @@ impl Run<'_> {
     fn one(&mut self, path: &str, content: &mut dyn Read) -> Result<(), UploadError> {
         let Upload { user, default_workdir, metadata, .. } = self.upload;
         let path = paths::resolve(path, user, default_workdir)?;
-        if self.written.iter().any(|written| Path::new(&written.path) == path) {
+        if !self.paths.insert(path.clone()) {
             return Err(UploadError::Duplicate { path });
         }
         let owner = Owner { uid: user.uid, gid: user.gid };
