@@ -8,7 +8,8 @@ use flate2::Compression;
 use flate2::read::{GzDecoder, GzEncoder};
 use serde_json::{Value, json};
 
-use crate::support::{Agent, Answer, wait_for};
+use crate::http::{Answer, Reply};
+use crate::support::{Agent, wait_for};
 
 fn form(parts: &[(&str, &str)]) -> String {
     let part = |(filename, content): &(&str, &str)| {
@@ -71,7 +72,7 @@ fn a_body_may_come_in_chunks_of_unknown_number() {
         write!(socket, "{:x}\r\n{chunk}\r\n", chunk.len()).unwrap();
     }
     write!(socket, "0\r\n\r\n").unwrap();
-    assert_eq!(Answer::read(socket).status, 200);
+    assert_eq!(Reply::read(socket).status, 200);
     assert_eq!(agent.get("/files?path=chunked").text(), "one two three");
 }
 
@@ -127,9 +128,9 @@ fn metadata_is_kept_replaced_and_cleared_with_its_file() {
     let agent = Agent::start();
     let put = |headers: &[(&str, &str)]| {
         let request = agent.authorized("POST", "/files?path=f").header("Content-Type", "application/octet-stream");
-        headers.iter().fold(request, |request, (name, value)| request.header(name, value)).send("x")
+        request.headers(headers).send("x")
     };
-    let stat = || agent.ok("Stat", json!({ "path": "f" }))["entry"]["metadata"].clone();
+    let stat = || agent.ok("filesystem.Filesystem/Stat", &json!({ "path": "f" }))["entry"]["metadata"].clone();
     let answer = put(&[("X-Metadata-Author", "Mish"), ("x-metadata-b", "2")]);
     assert_eq!(answer.json()[0]["metadata"], json!({ "author": "Mish", "b": "2" }));
     assert_eq!(stat(), json!({ "author": "Mish", "b": "2" }));
@@ -177,7 +178,7 @@ fn a_large_upload_passes_through_in_little_memory() {
     for _ in 0..MEBIBYTES {
         socket.write_all(&chunk).unwrap();
     }
-    assert_eq!(Answer::read(socket).status, 200);
+    assert_eq!(Reply::read(socket).status, 200);
     assert_eq!(fs::metadata(agent.outside("/home/user/large")).unwrap().len(), 256 << 20);
     let peak_kib = agent.memory_kib("status", "VmHWM:");
     assert!(peak_kib < 32 << 10, "the agent took {peak_kib} KiB");

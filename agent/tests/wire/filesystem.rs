@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Agent, Stream, wait_for};
+use crate::http::Stream;
+use crate::support::{Agent, wait_for};
 
 /// `NAME kind` for each event.
 fn brief(events: &Value) -> Vec<String> {
@@ -20,17 +21,17 @@ fn brief_one(event: &Value) -> String {
 }
 
 fn create_watcher(agent: &Agent, request: Value) -> Value {
-    let watcher = agent.ok("CreateWatcher", request);
+    let watcher = agent.ok("filesystem.Filesystem/CreateWatcher", &request);
     json!({ "watcherId": watcher["watcherId"] })
 }
 
 fn polled(agent: &Agent, watcher: &Value) -> Vec<String> {
-    brief(&agent.ok("GetWatcherEvents", watcher.clone())["events"])
+    brief(&agent.ok("filesystem.Filesystem/GetWatcherEvents", watcher)["events"])
 }
 
 fn code(agent: &Agent, method: &str, request: Value) -> (u16, String) {
-    let (status, answer) = agent.call(method, request);
-    (status, answer["code"].as_str().unwrap_or_default().to_owned())
+    let answer = agent.call(&format!("filesystem.Filesystem/{method}"), &request);
+    (answer.status, answer.code())
 }
 
 fn is(status: u16, code: &str) -> (u16, String) {
@@ -41,7 +42,7 @@ fn is(status: u16, code: &str) -> (u16, String) {
 fn an_entry_shows_everything_about_a_file() {
     let agent = Agent::start();
     agent.put("f.txt", "1234");
-    let mut entry = agent.ok("Stat", json!({ "path": "f.txt" }))["entry"].clone();
+    let mut entry = agent.ok("filesystem.Filesystem/Stat", &json!({ "path": "f.txt" }))["entry"].clone();
     let modified = entry.as_object_mut().unwrap().remove("modifiedTime").unwrap();
     assert!(modified.as_str().unwrap().ends_with('Z'), "{modified}");
     assert_eq!(
@@ -56,12 +57,12 @@ fn an_entry_shows_everything_about_a_file() {
 #[test]
 fn a_link_shows_its_final_target() {
     let agent = Agent::start();
-    agent.ok("MakeDir", json!({ "path": "d" }));
+    agent.ok("filesystem.Filesystem/MakeDir", &json!({ "path": "d" }));
     let home = agent.outside("/home/user");
     symlink("d", home.join("first")).unwrap();
     symlink("first", home.join("second")).unwrap();
     symlink("nowhere", home.join("broken")).unwrap();
-    let stat = |path: &str| agent.ok("Stat", json!({ "path": path }))["entry"].clone();
+    let stat = |path: &str| agent.ok("filesystem.Filesystem/Stat", &json!({ "path": path }))["entry"].clone();
     let second = stat("second");
     assert_eq!(second["type"], "FILE_TYPE_DIRECTORY");
     assert_eq!((&second["symlinkTarget"], &second["isSymlink"]), (&json!("/home/user/d"), &json!(true)));
@@ -74,26 +75,26 @@ fn a_link_shows_its_final_target() {
 fn directories_are_listed_in_order_and_to_the_depth_asked_for() {
     let agent = Agent::start();
     for path in ["t/b", "t/a/x"] {
-        agent.ok("MakeDir", json!({ "path": path }));
+        agent.ok("filesystem.Filesystem/MakeDir", &json!({ "path": path }));
     }
     agent.put("t/a.txt", "");
     symlink("t", agent.outside("/home/user/link")).unwrap();
     let list = |path: &str, depth: u32| -> Vec<String> {
-        let answer = agent.ok("ListDir", json!({ "path": path, "depth": depth }));
+        let answer = agent.ok("filesystem.Filesystem/ListDir", &json!({ "path": path, "depth": depth }));
         let entries = answer["entries"].as_array().unwrap();
         entries.iter().map(|entry| entry["path"].as_str().unwrap().trim_start_matches("/home/user/").to_owned()).collect()
     };
     assert_eq!(list("t", 0), ["t/a", "t/a.txt", "t/b"]);
     assert_eq!(list("t", 2), ["t/a", "t/a/x", "t/a.txt", "t/b"]);
     assert_eq!(list("link", 1), ["link/a", "link/a.txt", "link/b"]);
-    assert_eq!(agent.ok("ListDir", json!({ "path": "t/b" })), json!({}));
+    assert_eq!(agent.ok("filesystem.Filesystem/ListDir", &json!({ "path": "t/b" })), json!({}));
 }
 
 #[test]
 fn errors_have_the_codes_that_the_sdks_look_for() {
     let agent = Agent::start();
     agent.put("f", "");
-    agent.ok("MakeDir", json!({ "path": "d" }));
+    agent.ok("filesystem.Filesystem/MakeDir", &json!({ "path": "d" }));
     let not_found = is(404, "not_found");
     let invalid = is(400, "invalid_argument");
     for (method, request, expected) in [
@@ -118,7 +119,8 @@ fn errors_have_the_codes_that_the_sdks_look_for() {
         assert_eq!(code(&agent, method, request.clone()), *expected, "{method} {request}");
     }
     // `nobody:`, who is not in this sandbox's /etc/passwd.
-    let unknown = agent.rpc("Stat").header("Content-Type", "application/json").header("Authorization", "Basic bm9ib2R5Og==");
+    let unknown =
+        agent.rpc("filesystem.Filesystem/Stat").header("Content-Type", "application/json").header("Authorization", "Basic bm9ib2R5Og==");
     let answer = unknown.send("{}").json();
     assert_eq!(answer, json!({ "code": "unauthenticated", "message": "invalid username: 'nobody'" }));
 }
@@ -128,12 +130,12 @@ fn moving_makes_parents_and_overwrites() {
     let agent = Agent::start();
     agent.put("a", "new");
     agent.put("d/b", "old");
-    let moved = agent.ok("Move", json!({ "source": "a", "destination": "d/b" }));
+    let moved = agent.ok("filesystem.Filesystem/Move", &json!({ "source": "a", "destination": "d/b" }));
     assert_eq!(moved["entry"]["path"], "/home/user/d/b");
     assert_eq!(agent.get("/files?path=d/b").text(), "new");
-    agent.ok("Move", json!({ "source": "d", "destination": "x/y/d" }));
+    agent.ok("filesystem.Filesystem/Move", &json!({ "source": "d", "destination": "x/y/d" }));
     assert_eq!(fs::metadata(agent.outside("/home/user/x/y")).unwrap().uid(), 1000);
-    let elsewhere = agent.ok("Move", json!({ "source": "x/y/d", "destination": "/home/full/d" }));
+    let elsewhere = agent.ok("filesystem.Filesystem/Move", &json!({ "source": "x/y/d", "destination": "/home/full/d" }));
     assert_eq!(elsewhere["entry"]["type"], "FILE_TYPE_DIRECTORY", "to another file system");
     assert_eq!(agent.get("/files?path=/home/full/d/b").text(), "new");
     assert_eq!(code(&agent, "Stat", json!({ "path": "x/y/d" })), is(404, "not_found"));
@@ -144,7 +146,7 @@ fn removing_is_recursive_and_may_be_repeated() {
     let agent = Agent::start();
     agent.put("d/e/f", "");
     for _ in 0..2 {
-        assert_eq!(agent.ok("Remove", json!({ "path": "d" })), json!({}));
+        assert_eq!(agent.ok("filesystem.Filesystem/Remove", &json!({ "path": "d" })), json!({}));
     }
     assert!(!agent.outside("/home/user/d").exists());
 }
@@ -157,8 +159,8 @@ fn an_upload_into_a_watched_directory_is_exactly_three_events() {
     assert_eq!(polled(&agent, &watcher), ["CREATE f", "CHMOD f", "WRITE f"]);
     agent.put("f", "again");
     assert_eq!(polled(&agent, &watcher), ["CHMOD f", "WRITE f"]);
-    agent.ok("Move", json!({ "source": "f", "destination": "g" }));
-    agent.ok("Remove", json!({ "path": "g" }));
+    agent.ok("filesystem.Filesystem/Move", &json!({ "source": "f", "destination": "g" }));
+    agent.ok("filesystem.Filesystem/Remove", &json!({ "path": "g" }));
     assert_eq!(polled(&agent, &watcher), ["RENAME f", "CREATE g", "REMOVE g"]);
     assert_eq!(polled(&agent, &watcher), Vec::<String>::new(), "events are handed out once");
 }
@@ -167,7 +169,7 @@ fn an_upload_into_a_watched_directory_is_exactly_three_events() {
 fn a_recursive_watch_sees_what_is_made_in_new_directories() {
     let agent = Agent::start();
     let watcher = create_watcher(&agent, json!({ "path": "", "recursive": true }));
-    agent.ok("MakeDir", json!({ "path": "d" }));
+    agent.ok("filesystem.Filesystem/MakeDir", &json!({ "path": "d" }));
     agent.put("d/f", "content");
     let events = polled(&agent, &watcher);
     assert_eq!(events.last_chunk(), Some(&["CREATE d/f", "CHMOD d/f", "WRITE d/f"].map(str::to_owned)));
@@ -199,7 +201,7 @@ fn entries_come_with_events_that_leave_something() {
     let watcher = create_watcher(&agent, json!({ "path": "", "includeEntry": true }));
     agent.put("f", "content");
     fs::rename(agent.outside("/home/user/f"), agent.outside("/home/user/g")).unwrap();
-    let events = agent.ok("GetWatcherEvents", watcher.clone())["events"].clone();
+    let events = agent.ok("filesystem.Filesystem/GetWatcherEvents", &watcher)["events"].clone();
     assert_eq!(brief(&events), ["CREATE f", "CHMOD f", "WRITE f", "RENAME f", "CREATE g"]);
     assert_eq!(events[3].get("entry"), None);
     assert_eq!(events[4]["entry"]["path"], "/home/user/g");
@@ -211,7 +213,7 @@ fn a_removed_watcher_is_gone() {
     let agent = Agent::start();
     let watcher = create_watcher(&agent, json!({ "path": "" }));
     assert!(watches(&agent));
-    assert_eq!(agent.ok("RemoveWatcher", watcher.clone()), json!({}));
+    assert_eq!(agent.ok("filesystem.Filesystem/RemoveWatcher", &watcher), json!({}));
     assert_eq!(code(&agent, "GetWatcherEvents", watcher.clone()), is(404, "not_found"));
     wait_for("inotify to be closed", || !watches(&agent));
 }
@@ -219,9 +221,9 @@ fn a_removed_watcher_is_gone() {
 #[test]
 fn watchers_are_bounded() {
     let agent = Agent::start();
-    let create = || agent.call("CreateWatcher", json!({ "path": "" }));
-    let refused = (0..200).map(|_| create()).find(|(status, _)| *status != 200).unwrap();
-    assert_eq!(refused.1["code"], "resource_exhausted", "{}", refused.1);
+    let create = || agent.call("filesystem.Filesystem/CreateWatcher", &json!({ "path": "" }));
+    let refused = (0..200).map(|_| create()).find(|answer| answer.status != 200).unwrap();
+    assert_eq!(refused.code(), "resource_exhausted", "{}", refused.text());
 }
 
 /// Whether the agent has an inotify instance open.
@@ -231,8 +233,7 @@ fn watches(agent: &Agent) -> bool {
 }
 
 fn watch(agent: &Agent, headers: &[(&str, &str)], request: Value) -> Stream {
-    let call = headers.iter().fold(agent.rpc("WatchDir"), |call, (name, value)| call.header(name, value));
-    agent.stream(call, &request)
+    agent.stream("filesystem.Filesystem/WatchDir", headers, &[request])
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn files_are_served_when_no_thread_can_be_had() {
     for number in 0..20 {
         let path = format!("f{number}");
         assert_eq!(agent.put(&path, "content").status, 200);
-        assert_eq!(agent.ok("Stat", json!({ "path": path }))["entry"]["size"], "7");
+        assert_eq!(agent.ok("filesystem.Filesystem/Stat", &json!({ "path": path }))["entry"]["size"], "7");
     }
     assert_eq!(agent.get("/metrics").status, 200);
     assert_eq!(full.threads().trim(), "2", "the one that serves and the one that stays");
@@ -65,10 +65,10 @@ fn a_tree_deeper_than_paths_and_stacks_is_listed_watched_and_removed() {
         rustix::fs::mkdirat(&directory, "d", Mode::RWXU).unwrap();
         directory = rustix::fs::openat(&directory, "d", flags, Mode::empty()).unwrap();
     }
-    let listing = agent.ok("ListDir", json!({ "path": "", "depth": 5000 }));
+    let listing = agent.ok("filesystem.Filesystem/ListDir", &json!({ "path": "", "depth": 5000 }));
     let levels = listing["entries"].as_array().unwrap().len();
     assert!(levels > 2000, "as far as a path reaches: {levels}");
-    agent.ok("CreateWatcher", json!({ "path": "", "recursive": true }));
-    agent.ok("Remove", json!({ "path": "d" }));
+    agent.ok("filesystem.Filesystem/CreateWatcher", &json!({ "path": "", "recursive": true }));
+    agent.ok("filesystem.Filesystem/Remove", &json!({ "path": "d" }));
     assert!(!agent.outside("/home/user/d").exists());
 }

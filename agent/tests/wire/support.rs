@@ -1,8 +1,9 @@
-//! Runs the real agent for black-box tests: in mount and UTS namespaces of its own, over a throw-away /etc, /home and
-//! /run, on a free port of the loopback. Needs root, as the agent does. HTTP is spoken by hand, byte by byte.
+//! Runs the agent as pid 1 of pid, mount, UTS and IPC namespaces of its own, over a throw-away /etc, /home, /run and
+//! /dev/pts, with signals ignored as below nohup. Needs root, as the agent does. /etc/nsswitch.conf is one that kills a
+//! static program which reaches NSS.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::chown;
 use std::path::PathBuf;
@@ -13,72 +14,100 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-pub(crate) const TOKEN: &str = "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0";
-const SECRET: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-/// Longer than anything here takes, so that a hang names its test.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::http::{Answer, PATIENCE, Request, Stream, envelope};
 
-/// A running agent that has been told by /init who it is.
+pub(crate) const TOKEN: &str = "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0";
+pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+pub(crate) const NEXT_SECRET: &str = "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
+/// `make test` names the static binary that the server embeds, which alone can die of NSS.
+pub(crate) const BINARY: &str = match option_env!("STILLBOX_AGENT_UNDER_TEST") {
+    Some(file) => file,
+    None => env!("CARGO_BIN_EXE_stillbox-agent"),
+};
+/// `root:` in base64.
+const AS_ROOT: &str = "Basic cm9vdDo=";
+
 pub(crate) struct Agent {
     child: Child,
-    port: u16,
+    pub(crate) port: u16,
     folder: tempfile::TempDir,
 }
 
 impl Agent {
-    /// With the token [`TOKEN`], the user `user` (1000) and a 1 MiB file system at /home/full.
+    /// Knows its control secret and nothing else yet.
+    pub(crate) fn generic() -> Agent {
+        Agent::launch(&[])
+    }
+
+    /// Has been told by /init who it is.
     pub(crate) fn start() -> Agent {
+        let agent = Agent::generic();
+        let answer = agent.init(SECRET, &identity());
+        assert_eq!(answer.status, 204, "{}", answer.text());
+        agent
+    }
+
+    /// With the user `user` (1000) and a file system of 1 MiB at /home/full.
+    pub(crate) fn launch(unshare_args: &[&str]) -> Agent {
         let folder = tempfile::tempdir().unwrap();
         for directory in ["etc", "home/user", "home/full"] {
             fs::create_dir_all(folder.path().join(directory)).unwrap();
         }
         chown(folder.path().join("home/user"), Some(1000), Some(1000)).unwrap();
-        let etc = |name: &str, content: &str| fs::write(folder.path().join("etc").join(name), content).unwrap();
-        etc("passwd", "root:x:0:0::/root:/bin/bash\nuser:x:1000:1000::/home/user:/bin/bash\n");
-        etc("group", "root:x:0:\nuser:x:1000:\n");
-        for name in ["hosts", "hostname", "resolv.conf", "machine-id"] {
-            etc(name, "");
+        let files = [
+            ("passwd", "root:x:0:0::/root:/bin/bash\nuser:x:1000:1000::/home/user:/bin/bash\n"),
+            ("group", "root:x:0:\nuser:x:1000:\nextra:x:2000:user\n"),
+            ("nsswitch.conf", "passwd: files systemd\ngroup: files systemd\nhosts: files resolve dns\n"),
+            ("hosts", "of the template\n"),
+        ];
+        for (name, content) in files {
+            fs::write(folder.path().join("etc").join(name), content).unwrap();
         }
         let port = free_port();
         let script = r#"set -e
+            trap '' HUP INT QUIT TERM
             mount --make-rprivate /
             mount --bind "$1/etc" /etc
             mount --bind "$1/home" /home
-            mount -t tmpfs -o mode=755 tmpfs /run
             mount -t tmpfs -o size=1m,mode=777 tmpfs /home/full
+            mount -t tmpfs -o mode=755 tmpfs /run
+            mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts /dev/pts
+            mount --bind /dev/pts/ptmx /dev/ptmx
             exec "$2" --port "$3""#;
         let mut child = Command::new("unshare")
-            .args(["--mount", "--uts", "sh", "-c", script, "sh"])
+            .args(["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"])
+            .args(unshare_args)
+            .args(["sh", "-c", script, "sh"])
             .arg(folder.path())
-            .arg(env!("CARGO_BIN_EXE_stillbox-agent"))
+            .arg(BINARY)
             .arg(port.to_string())
+            .env_clear()
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .stdin(Stdio::piped())
             .spawn()
             .unwrap();
         writeln!(child.stdin.take().unwrap(), "{SECRET}").unwrap();
         let agent = Agent { child, port, folder };
-        agent.init();
+        if !unshare_args.contains(&"--net") {
+            wait_for("the agent to listen", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok());
+        }
         agent
     }
 
-    fn init(&self) {
-        wait_for("the agent to listen", || TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_ok());
-        let body = json!({
-            "controlSecret": SECRET, "sandboxId": "itest", "templateId": "base", "accessToken": TOKEN,
-            "defaultUser": "user", "hostname": "itest", "machineId": "0".repeat(32),
-            "bootId": "00000000-0000-4000-8000-000000000000", "hosts": "127.0.0.1 localhost\n", "resolvConf": "",
-            "generation": 1, "entropy": "A".repeat(43) + "=",
+    /// As the test sees it: the child of the unshare that waits for it, once there is one.
+    pub(crate) fn pid(&self) -> u32 {
+        let parent = self.child.id();
+        let mut pid = String::new();
+        wait_for("unshare to fork", || {
+            pid = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+            !pid.is_empty()
         });
-        let answer = self
-            .request("POST", "/init")
-            .header("X-Stillbox-Control", SECRET)
-            .header("Content-Type", "application/json")
-            .send(body.to_string());
-        assert_eq!(answer.status, 204, "{}", answer.text());
+        pid.trim().parse().unwrap()
     }
 
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+    /// Where a path below /home is for the test.
+    pub(crate) fn outside(&self, path: &str) -> PathBuf {
+        self.folder.path().join(path.strip_prefix('/').unwrap())
     }
 
     /// A number of /proc/PID/`file`, in KiB.
@@ -88,19 +117,22 @@ impl Agent {
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Where a path below /home is for the test.
-    pub(crate) fn outside(&self, path: &str) -> PathBuf {
-        self.folder.path().join(path.strip_prefix('/').unwrap())
-    }
-
-    pub(crate) fn request(&self, method: &str, target: &str) -> Request<'_> {
-        let head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
-        Request { agent: self, head }
+    pub(crate) fn request(&self, method: &str, target: &str) -> Request {
+        Request::new(self.port, method, target)
     }
 
     /// A request that shows the token.
-    pub(crate) fn authorized(&self, method: &str, target: &str) -> Request<'_> {
+    pub(crate) fn authorized(&self, method: &str, target: &str) -> Request {
         self.request(method, target).header("X-Access-Token", TOKEN)
+    }
+
+    pub(crate) fn init(&self, secret: &str, request: &Value) -> Answer {
+        self.request("POST", "/init").header("X-Stillbox-Control", secret).send(request.to_string())
+    }
+
+    /// The agent's log after `cursor`.
+    pub(crate) fn logs(&self, secret: &str, cursor: u64) -> Answer {
+        self.request("GET", &format!("/stillbox/logs?cursor={cursor}")).header("X-Stillbox-Control", secret).send("")
     }
 
     pub(crate) fn get(&self, target: &str) -> Answer {
@@ -113,36 +145,40 @@ impl Agent {
         request.header("Content-Type", "application/octet-stream").send(content)
     }
 
-    /// Calls a unary method of the Filesystem service: the HTTP status and the JSON of the answer.
-    pub(crate) fn call(&self, method: &str, request: Value) -> (u16, Value) {
-        let answer = self.rpc(method).header("Content-Type", "application/json").send(request.to_string());
-        (answer.status, answer.json())
+    /// A call of `package.Service/Method`.
+    pub(crate) fn rpc(&self, procedure: &str) -> Request {
+        self.authorized("POST", &format!("/{procedure}")).header("Connect-Protocol-Version", "1")
+    }
+
+    /// Calls a unary method.
+    pub(crate) fn call(&self, procedure: &str, message: &Value) -> Answer {
+        self.rpc(procedure).header("Content-Type", "application/json").send(message.to_string())
     }
 
     /// As `call`, for what has to succeed.
-    pub(crate) fn ok(&self, method: &str, request: Value) -> Value {
-        let (status, answer) = self.call(method, request);
-        assert_eq!(status, 200, "{answer}");
-        answer
+    pub(crate) fn ok(&self, procedure: &str, message: &Value) -> Value {
+        let answer = self.call(procedure, message);
+        assert_eq!(answer.status, 200, "{procedure}: {}", answer.text());
+        answer.json()
     }
 
-    pub(crate) fn rpc(&self, method: &str) -> Request<'_> {
-        let request = self.authorized("POST", &format!("/filesystem.Filesystem/{method}"));
-        request.header("Connect-Protocol-Version", "1")
+    /// Opens a server stream, or sends a whole client stream.
+    pub(crate) fn stream(&self, procedure: &str, headers: &[(&str, &str)], messages: &[Value]) -> Stream {
+        let body: Vec<u8> = messages.iter().flat_map(envelope).collect();
+        Stream::new(self.rpc(procedure).header("Content-Type", "application/connect+json").headers(headers).begin(body))
     }
 
-    /// Opens a server stream.
-    pub(crate) fn stream(&self, request: Request<'_>, message: &Value) -> Stream {
-        let message = message.to_string();
-        let mut envelope = vec![0];
-        envelope.extend(u32::try_from(message.len()).unwrap().to_be_bytes());
-        envelope.extend(message.as_bytes());
-        let socket = request.header("Content-Type", "application/connect+json").write(&envelope);
-        let mut reader = BufReader::new(socket);
-        let (status, headers) = read_head(&mut reader);
-        assert_eq!(status, 200);
-        assert_eq!(header(&headers, "content-type"), Some("application/connect+json"));
-        Stream { body: Dechunked { reader, left: 0 } }
+    /// Starts `sh -c script` without stdin.
+    pub(crate) fn sh(&self, script: &str) -> Stream {
+        self.stream("process.Process/Start", &[], &[shell(script)])
+    }
+
+    /// What `sh -c script` printed as root, once it has ended well.
+    pub(crate) fn root_output(&self, script: &str) -> String {
+        let as_root = [("Authorization", AS_ROOT)];
+        let (stdout, stderr, end) = self.stream("process.Process/Start", &as_root, &[shell(script)]).collect();
+        assert_eq!(end["status"], "exit status 0", "{script}: {stderr}");
+        stdout
     }
 }
 
@@ -153,133 +189,19 @@ impl Drop for Agent {
     }
 }
 
-pub(crate) struct Request<'a> {
-    agent: &'a Agent,
-    head: String,
+pub(crate) fn identity() -> Value {
+    json!({
+        "controlSecret": SECRET, "sandboxId": "itest", "templateId": "base", "accessToken": TOKEN,
+        "envVars": { "WHO": "sandbox" }, "templateEnv": { "WHO": "template", "WHERE": "template" },
+        "defaultUser": "user", "defaultWorkdir": "/home/user", "hostname": "itest", "machineId": "0".repeat(32),
+        "bootId": "00000000-0000-4000-8000-000000000000", "hosts": "127.0.0.1 localhost itest\n",
+        "resolvConf": "nameserver 192.0.2.1\n", "generation": 1, "entropy": "A".repeat(43) + "=",
+        "cpuCount": 2, "memoryBytes": 512 << 20, "a field of a newer host": true,
+    })
 }
 
-impl Request<'_> {
-    pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
-        self.head.push_str(&format!("{name}: {value}\r\n"));
-        self
-    }
-
-    pub(crate) fn send(self, body: impl AsRef<[u8]>) -> Answer {
-        Answer::read(self.write(body.as_ref()))
-    }
-
-    fn write(self, body: &[u8]) -> TcpStream {
-        let mut socket = self.header("Content-Length", &body.len().to_string()).open();
-        socket.write_all(body).unwrap();
-        socket
-    }
-
-    /// Sends the head alone; the body is the caller's.
-    pub(crate) fn open(self) -> TcpStream {
-        let mut socket = TcpStream::connect((Ipv4Addr::LOCALHOST, self.agent.port)).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket.write_all(format!("{}\r\n", self.head).as_bytes()).unwrap();
-        socket
-    }
-}
-
-pub(crate) struct Answer {
-    pub(crate) status: u16,
-    headers: Vec<(String, String)>,
-    pub(crate) body: Vec<u8>,
-}
-
-impl Answer {
-    pub(crate) fn read(socket: TcpStream) -> Answer {
-        let mut reader = BufReader::new(socket);
-        let (status, headers) = read_head(&mut reader);
-        let mut body = Vec::new();
-        if header(&headers, "transfer-encoding") == Some("chunked") {
-            Dechunked { reader, left: 0 }.read_to_end(&mut body).unwrap();
-        } else {
-            reader.read_to_end(&mut body).unwrap();
-        }
-        Answer { status, headers, body }
-    }
-
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        header(&self.headers, name)
-    }
-
-    pub(crate) fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
-    }
-
-    pub(crate) fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.text()))
-    }
-}
-
-/// The first line of that name.
-fn header<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
-    headers.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
-}
-
-fn read_head(reader: &mut impl BufRead) -> (u16, Vec<(String, String)>) {
-    let mut line = || {
-        let mut line = String::new();
-        reader.read_line(&mut line).unwrap();
-        line.trim_end().to_owned()
-    };
-    let status = line().split(' ').nth(1).expect("a status line").parse().unwrap();
-    let split = |line: String| {
-        let (name, value) = line.split_once(':').unwrap();
-        (name.to_ascii_lowercase(), value.trim().to_owned())
-    };
-    let headers = std::iter::from_fn(|| Some(line()).filter(|line| !line.is_empty()).map(split)).collect();
-    (status, headers)
-}
-
-struct Dechunked {
-    reader: BufReader<TcpStream>,
-    left: usize,
-}
-
-impl Read for Dechunked {
-    fn read(&mut self, target: &mut [u8]) -> std::io::Result<usize> {
-        if self.left == 0 {
-            let mut size = String::new();
-            self.reader.read_line(&mut size)?;
-            self.left = usize::from_str_radix(size.trim(), 16).map_err(std::io::Error::other)?;
-            if self.left == 0 {
-                return Ok(0);
-            }
-        }
-        let most = self.left.min(target.len());
-        let read = self.reader.read(&mut target[..most])?;
-        self.left -= read;
-        if self.left == 0 {
-            self.reader.read_line(&mut String::new())?;
-        }
-        Ok(read)
-    }
-}
-
-/// A server stream of Connect messages.
-pub(crate) struct Stream {
-    body: Dechunked,
-}
-
-impl Stream {
-    /// The next message, or the end-stream message as the error.
-    pub(crate) fn next(&mut self) -> Result<Value, Value> {
-        let mut head = [0; 5];
-        self.body.read_exact(&mut head).unwrap();
-        let length = u32::from_be_bytes(head[1..].try_into().unwrap());
-        let mut payload = vec![0; length as usize];
-        self.body.read_exact(&mut payload).unwrap();
-        let message = serde_json::from_slice(&payload).unwrap();
-        match head[0] {
-            0 => Ok(message),
-            2 => Err(message),
-            flags => panic!("an envelope with flags {flags}"),
-        }
-    }
+pub(crate) fn shell(script: &str) -> Value {
+    json!({ "process": { "cmd": "/bin/sh", "args": ["-c", script] }, "stdin": false })
 }
 
 /// A port that nobody listens on and that no other test of this run gets. Below the range that the kernel hands out
@@ -291,10 +213,10 @@ fn free_port() -> u16 {
     ports.find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok()).unwrap()
 }
 
-pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
-    while !condition() {
+    while !holds() {
         assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::support::{Agent, shell, wait_for};
 
 fn error_of(agent: &Agent, headers: &[(&str, &str)], start: Value) -> Value {
-    agent.stream("Start", headers, &[start]).next().expect_err("an error and no start event")["error"].take()
+    agent.stream("process.Process/Start", headers, &[start]).next().expect_err("an error and no start event")["error"].take()
 }
 
 fn is_alive(agent: &Agent, pid: u64) -> bool {
@@ -31,7 +31,7 @@ fn variables_come_from_user_template_sandbox_and_request_in_rising_order() {
     let agent = Agent::start();
     let envs = json!({ "MORE": "request", "E2B_SANDBOX_ID": "forged", "PATH": "/usr/bin:/bin" });
     let start = json!({ "process": { "cmd": "env", "envs": envs } });
-    let (stdout, ..) = agent.stream("Start", &[], &[start]).collect();
+    let (stdout, ..) = agent.stream("process.Process/Start", &[], &[start]).collect();
     let mut lines: Vec<&str> = stdout.lines().collect();
     lines.sort_unstable();
     let expected = [
@@ -87,27 +87,27 @@ fn what_cannot_start_is_an_error_that_names_it() {
     // `ghost:`, with an nsswitch.conf that would send a static program to its death.
     let error = error_of(&agent, &[("Authorization", "Basic Z2hvc3Q6")], with("true", ""));
     assert_eq!(error, json!({ "code": "unauthenticated", "message": "invalid username: 'ghost'" }));
-    assert_eq!(agent.ok("List", &json!({})), json!({}), "nothing was started");
+    assert_eq!(agent.ok("process.Process/List", &json!({})), json!({}), "nothing was started");
 }
 
 #[test]
 fn input_reaches_stdin_until_it_is_closed() {
     let agent = Agent::start();
-    let mut stream = agent.stream("Start", &[], &[json!({ "process": { "cmd": "cat" } })]);
+    let mut stream = agent.stream("process.Process/Start", &[], &[json!({ "process": { "cmd": "cat" } })]);
     let selector = pid(stream.pid());
     let input = |text: &str| json!({ "process": selector["process"], "input": { "stdin": text } });
     // `one `, `two `, with and without padding; an empty input changes nothing.
     for text in ["b25lIA==", "", "dHdvIA"] {
-        agent.ok("SendInput", &input(text));
+        agent.ok("process.Process/SendInput", &input(text));
     }
     let start = json!({ "start": selector });
     let data = json!({ "data": { "input": { "stdin": "dGhyZWU=" } } });
-    let answer = agent.stream("StreamInput", &[], &[start, json!({ "keepalive": {} }), data]).next().unwrap();
+    let answer = agent.stream("process.Process/StreamInput", &[], &[start, json!({ "keepalive": {} }), data]).next().unwrap();
     assert_eq!(answer, json!({}));
-    agent.ok("CloseStdin", &selector);
+    agent.ok("process.Process/CloseStdin", &selector);
     let (stdout, _, end) = stream.collect();
     assert_eq!((stdout.as_str(), &end["status"]), ("one two three", &json!("exit status 0")));
-    assert_eq!(agent.call("SendInput", &input("eA==")).status, 404, "it has ended");
+    assert_eq!(agent.call("process.Process/SendInput", &input("eA==")).status, 404, "it has ended");
 }
 
 #[test]
@@ -116,10 +116,10 @@ fn without_stdin_a_process_reads_an_end_and_input_is_refused() {
     let mut stream = agent.sh("cat; echo read; exec sleep 100");
     let pid = stream.pid();
     stream.read_until("read");
-    agent.ok("CloseStdin", &json!({ "process": { "pid": pid } }));
-    let refused = agent.call("SendInput", &json!({ "process": { "pid": pid }, "input": { "stdin": "eA==" } }));
+    agent.ok("process.Process/CloseStdin", &json!({ "process": { "pid": pid } }));
+    let refused = agent.call("process.Process/SendInput", &json!({ "process": { "pid": pid }, "input": { "stdin": "eA==" } }));
     assert_eq!((refused.status, refused.json()["code"].as_str()), (500, Some("internal")));
-    let terminal = agent.call("SendInput", &json!({ "process": { "pid": pid }, "input": { "pty": "eA==" } }));
+    let terminal = agent.call("process.Process/SendInput", &json!({ "process": { "pid": pid }, "input": { "pty": "eA==" } }));
     assert_eq!((terminal.status, terminal.json()["code"].as_str()), (500, Some("internal")));
 }
 
@@ -127,12 +127,12 @@ fn without_stdin_a_process_reads_an_end_and_input_is_refused() {
 fn a_process_is_killed_at_its_deadline_though_its_client_is_gone() {
     let agent = Agent::start();
     let begun = Instant::now();
-    let mut stream = agent.stream("Start", &[("Connect-Timeout-Ms", "400")], &[shell("exec sleep 100")]);
+    let mut stream = agent.stream("process.Process/Start", &[("Connect-Timeout-Ms", "400")], &[shell("exec sleep 100")]);
     let watched = stream.pid();
     let error = stream.next().unwrap_err()["error"].take();
     assert_eq!(error["code"], "deadline_exceeded");
     assert!((400..3000).contains(&begun.elapsed().as_millis()), "{:?}", begun.elapsed());
-    let mut stream = agent.stream("Start", &[("Connect-Timeout-Ms", "400")], &[shell("exec sleep 100")]);
+    let mut stream = agent.stream("process.Process/Start", &[("Connect-Timeout-Ms", "400")], &[shell("exec sleep 100")]);
     let left = stream.pid();
     drop(stream);
     for pid in [watched, left] {
@@ -149,18 +149,18 @@ fn a_process_outlives_its_client_and_output_that_nobody_saw_is_kept() {
     stream.read_until("seen\n");
     drop(stream);
     agent.root_output("sleep 0.1; touch /home/user/go; sleep 0.2");
-    let mut stream = agent.stream("Connect", &[], std::slice::from_ref(&selector));
+    let mut stream = agent.stream("process.Process/Connect", &[], std::slice::from_ref(&selector));
     assert_eq!(stream.pid(), selector["process"]["pid"]);
     assert_eq!(stream.read_until("\n"), "unseen\n", "and what was seen does not come again");
-    let second = agent.stream("Connect", &[], std::slice::from_ref(&selector));
+    let second = agent.stream("process.Process/Connect", &[], std::slice::from_ref(&selector));
     agent.root_output("touch /home/user/stop");
     for client in [stream, second] {
         let (stdout, _, end) = client.collect();
         assert_eq!((stdout.as_str(), &end["status"]), ("last\n", &json!("exit status 0")));
     }
-    let (stdout, _, end) = agent.stream("Connect", &[], std::slice::from_ref(&selector)).collect();
+    let (stdout, _, end) = agent.stream("process.Process/Connect", &[], std::slice::from_ref(&selector)).collect();
     assert_eq!((stdout.as_str(), &end["status"]), ("", &json!("exit status 0")), "its end is kept for late joiners");
-    assert_eq!(agent.ok("List", &json!({})), json!({}), "but it does not run any more");
+    assert_eq!(agent.ok("process.Process/List", &json!({})), json!({}), "but it does not run any more");
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn a_process_that_nobody_watches_is_not_blocked_by_its_own_output() {
     let selector = pid(stream.pid());
     drop(stream);
     wait_for("the output to be drained", || agent.root_output("ls /home/user") == "done\n");
-    let kept = agent.stream("Connect", &[], &[selector]).read_until("tail\n");
+    let kept = agent.stream("process.Process/Connect", &[], &[selector]).read_until("tail\n");
     assert!((60_000..=65_536).contains(&kept.len()), "{}", kept.len());
 }
 
@@ -190,19 +190,19 @@ fn a_signal_hits_one_process_and_its_end_waits_for_nobody() {
     let parent = stream.pid();
     let child: u64 = stream.read_until("\n").trim().parse().unwrap();
     let begun = Instant::now();
-    agent.ok("SendSignal", &json!({ "process": { "pid": parent }, "signal": "SIGNAL_SIGKILL" }));
+    agent.ok("process.Process/SendSignal", &json!({ "process": { "pid": parent }, "signal": "SIGNAL_SIGKILL" }));
     let (.., end) = stream.collect();
     assert_eq!(end, json!({ "exitCode": -1, "status": "signal: killed", "error": "signal: killed" }));
     assert!(begun.elapsed() < Duration::from_secs(2), "the grandchild holds the pipes, {:?}", begun.elapsed());
     assert!(is_alive(&agent, child) && !is_alive(&agent, parent));
-    let gone = agent.call("SendSignal", &json!({ "process": { "pid": parent }, "signal": 15 }));
+    let gone = agent.call("process.Process/SendSignal", &json!({ "process": { "pid": parent }, "signal": 15 }));
     let message = format!("process with pid {parent} not found");
     assert_eq!((gone.status, gone.json()), (404, json!({ "code": "not_found", "message": message })));
 
     let mut stream = agent.sh("trap 'echo asked; exit 4' TERM; echo ready; while :; do sleep 0.02; done");
     let asked = stream.pid();
     stream.read_until("ready\n");
-    agent.ok("SendSignal", &json!({ "process": { "pid": asked }, "signal": "SIGNAL_SIGTERM" }));
+    agent.ok("process.Process/SendSignal", &json!({ "process": { "pid": asked }, "signal": "SIGNAL_SIGTERM" }));
     let (stdout, _, end) = stream.collect();
     assert_eq!((stdout.as_str(), &end["status"]), ("asked\n", &json!("exit status 4")));
 }
@@ -218,7 +218,7 @@ fn an_end_without_a_signal_waits_for_the_last_output() {
 fn silence_is_filled_with_keepalives() {
     let agent = Agent::start();
     let begun = Instant::now();
-    let mut stream = agent.stream("Start", &[("Keepalive-Ping-Interval", "1")], &[shell("exec sleep 100")]);
+    let mut stream = agent.stream("process.Process/Start", &[("Keepalive-Ping-Interval", "1")], &[shell("exec sleep 100")]);
     stream.pid();
     assert_eq!(stream.next().unwrap(), json!({ "event": { "keepalive": {} } }));
     assert!(begun.elapsed() >= Duration::from_millis(950));
@@ -231,11 +231,11 @@ fn running_processes_are_listed_as_they_were_asked_for() {
     let config = json!({ "cmd": "sleep", "args": ["100"], "envs": { "A": "1" }, "cwd": "/tmp" });
     // In snake_case, and with a field of a newer client.
     let start = json!({ "process": config, "tag": "mine", "newer_field": { "x": 1 } });
-    let pid = agent.stream("Start", &[], &[start]).pid();
-    assert_eq!(agent.ok("List", &json!({})), json!({ "processes": [{ "config": config, "pid": pid, "tag": "mine" }] }));
-    agent.ok("SendSignal", &json!({ "process": { "tag": "mine" }, "signal": "SIGNAL_SIGKILL" }));
-    wait_for("the list to be empty", || agent.ok("List", &json!({})) == json!({}));
-    let gone = agent.call("SendSignal", &json!({ "process": { "tag": "other" }, "signal": "SIGNAL_SIGKILL" }));
+    let pid = agent.stream("process.Process/Start", &[], &[start]).pid();
+    assert_eq!(agent.ok("process.Process/List", &json!({})), json!({ "processes": [{ "config": config, "pid": pid, "tag": "mine" }] }));
+    agent.ok("process.Process/SendSignal", &json!({ "process": { "tag": "mine" }, "signal": "SIGNAL_SIGKILL" }));
+    wait_for("the list to be empty", || agent.ok("process.Process/List", &json!({})) == json!({}));
+    let gone = agent.call("process.Process/SendSignal", &json!({ "process": { "tag": "other" }, "signal": "SIGNAL_SIGKILL" }));
     assert_eq!(gone.json(), json!({ "code": "not_found", "message": "process with tag other not found" }));
 }
 
@@ -248,11 +248,11 @@ fn malformed_calls_have_connects_codes() {
         ("SendInput", json!({ "process": { "pid": "seven" } }), 400, "invalid_argument"),
         ("NoSuchMethod", json!({}), 404, "unimplemented"),
     ] {
-        let answer = agent.call(method, &message);
+        let answer = agent.call(&format!("process.Process/{method}"), &message);
         assert_eq!((answer.status, answer.json()["code"].as_str()), (status, Some(code)), "{method} {message}");
     }
     let early = json!({ "data": { "input": { "stdin": "eA==" } } });
-    let error = agent.stream("StreamInput", &[], &[early]).next().unwrap_err()["error"].take();
+    let error = agent.stream("process.Process/StreamInput", &[], &[early]).next().unwrap_err()["error"].take();
     assert_eq!(error["code"], "invalid_argument");
 }
 
@@ -260,7 +260,7 @@ fn malformed_calls_have_connects_codes() {
 fn binary_messages_are_understood_too() {
     let agent = Agent::start();
     let headers = [("X-Access-Token", crate::support::TOKEN), ("Content-Type", "application/proto")];
-    let reply = agent.request("POST", "/process.Process/List", &headers, b"");
+    let reply = agent.request("POST", "/process.Process/List").headers(&headers).send("");
     assert_eq!((reply.status, reply.header("content-type")), (200, Some("application/proto")));
-    assert_eq!(reply.answer().body, "");
+    assert_eq!(reply.text(), "");
 }

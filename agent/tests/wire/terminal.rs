@@ -2,11 +2,12 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Agent, Stream};
+use crate::http::Stream;
+use crate::support::Agent;
 
 fn start(agent: &Agent, script: &str) -> Stream {
     let process = json!({ "cmd": "/bin/bash", "args": ["--norc", "--noprofile", "-c", script] });
-    agent.stream("Start", &[], &[json!({ "process": process, "pty": { "size": { "cols": 90, "rows": 30 } } })])
+    agent.stream("process.Process/Start", &[], &[json!({ "process": process, "pty": { "size": { "cols": 90, "rows": 30 } } })])
 }
 
 /// Sends `line` and a newline.
@@ -20,7 +21,7 @@ fn send(agent: &Agent, pid: u64, line: &str) {
             (0..=chunk.len()).map(move |at| char::from(alphabet[(bits >> (18 - 6 * at) & 63) as usize]))
         })
         .collect();
-    agent.ok("SendInput", &json!({ "process": { "pid": pid }, "input": { "pty": digits } }));
+    agent.ok("process.Process/SendInput", &json!({ "process": { "pid": pid }, "input": { "pty": digits } }));
 }
 
 #[test]
@@ -29,7 +30,7 @@ fn a_terminal_has_the_size_asked_for_and_can_be_resized() {
     let mut stream = start(&agent, "stty size; read -r line; stty size; test \"$line\" = go");
     let pid = stream.pid();
     stream.read_until("30 90\r\n");
-    agent.ok("Update", &json!({ "process": { "pid": pid }, "pty": { "size": { "cols": 100, "rows": 40 } } }));
+    agent.ok("process.Process/Update", &json!({ "process": { "pid": pid }, "pty": { "size": { "cols": 100, "rows": 40 } } }));
     send(&agent, pid, "go");
     let (output, _, end) = stream.collect();
     assert!(output.contains("40 100\r\n"), "{output}");
@@ -51,7 +52,7 @@ fn a_terminal_is_the_users_own_and_controls_its_session() {
 fn an_interactive_shell_has_job_control_and_takes_interrupts() {
     let agent = Agent::start();
     let process = json!({ "cmd": "/bin/bash", "args": ["--norc", "-i"], "envs": { "PS1": "> " } });
-    let mut stream = agent.stream("Start", &[], &[json!({ "process": process, "pty": {} })]);
+    let mut stream = agent.stream("process.Process/Start", &[], &[json!({ "process": process, "pty": {} })]);
     let pid = stream.pid();
     let greeting = stream.read_until("> ");
     assert!(!greeting.contains("no job control"), "{greeting}");
@@ -69,7 +70,7 @@ fn stdin_and_terminal_are_not_confused() {
     let agent = Agent::start();
     let mut stream = start(&agent, "read -r line");
     let pid = stream.pid();
-    let code = |method: &str, request: Value| agent.call(method, &request).json()["code"].as_str().unwrap().to_owned();
+    let code = |method: &str, request: Value| agent.call(&format!("process.Process/{method}"), &request).code();
     assert_eq!(code("SendInput", json!({ "process": { "pid": pid }, "input": { "stdin": "eA==" } })), "internal");
     assert_eq!(code("CloseStdin", json!({ "process": { "pid": pid } })), "failed_precondition");
     assert_eq!(code("Update", json!({ "process": { "pid": pid }, "pty": { "size": { "cols": 70000, "rows": 1 } } })), "invalid_argument");

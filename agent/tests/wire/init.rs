@@ -49,13 +49,13 @@ fn init_names_the_sandbox_and_may_be_repeated() {
 fn each_init_rotates_the_secret_and_the_token() {
     let agent = Agent::start();
     assert_eq!(agent.init(NEXT_SECRET, &other_identity()).status, 401);
-    let unsigned = agent.request("POST", "/init", &[("X-Access-Token", TOKEN)], other_identity().to_string().as_bytes());
+    let unsigned = agent.authorized("POST", "/init").send(other_identity().to_string());
     assert_eq!(unsigned.status, 401);
     assert_eq!(agent.get("/envs").status, 200, "a refused init changes nothing");
     assert_eq!(agent.init(SECRET, &other_identity()).status, 204);
     assert_eq!(agent.init(SECRET, &other_identity()).status, 401);
     assert_eq!(agent.get("/envs").status, 401);
-    assert_eq!(agent.request("GET", "/envs", &[("X-Access-Token", "another")], b"").status, 200);
+    assert_eq!(agent.request("GET", "/envs").header("X-Access-Token", "another").send("").status, 200);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn a_bad_init_changes_nothing() {
     assert_eq!((refused.status, refused.json()), (400, json!({ "code": 400, "message": "entropy is not 32 bytes of base64" })));
     let malformed = agent.init(SECRET, &json!({ "sandboxId": 7 }));
     assert_eq!(malformed.status, 400);
-    assert!(malformed.body.contains("sandboxId") || malformed.body.contains("invalid type"), "{}", malformed.body);
+    assert!(malformed.text().contains("sandboxId") || malformed.text().contains("invalid type"), "{}", malformed.text());
     assert_eq!(agent.root_output(SHOW), before);
     assert_eq!(agent.init(SECRET, &other_identity()).status, 204, "the secret is still the old one");
 }
@@ -79,7 +79,7 @@ fn a_sandbox_without_a_token_is_open() {
     let mut open = identity();
     open.as_object_mut().unwrap().remove("accessToken");
     assert_eq!(agent.init(SECRET, &open).status, 204);
-    assert_eq!(agent.request("GET", "/envs", &[], b"").status, 200);
+    assert_eq!(agent.request("GET", "/envs").send("").status, 200);
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn an_unwritable_file_costs_a_line_in_the_log_and_not_the_sandbox() {
     agent.root_output("rm /etc/hosts; mkdir /etc/hosts");
     assert_eq!(agent.init(SECRET, &other_identity()).status, 204);
     let logs = agent.logs(NEXT_SECRET, 0);
-    let warning: Value = serde_json::from_str(logs.body.lines().next().unwrap_or_else(|| panic!("no log"))).unwrap();
+    let warning: Value = serde_json::from_str(logs.text().lines().next().unwrap_or_else(|| panic!("no log"))).unwrap();
     assert_eq!((&warning["level"], &warning["fields"]["path"]), (&json!("warn"), &json!("/etc/hosts")));
 }
 
@@ -120,7 +120,7 @@ fn the_log_tells_the_host_what_processes_did_and_nobody_else() {
     assert_eq!(agent.logs(NEXT_SECRET, 0).status, 401);
     assert_eq!(agent.get("/stillbox/logs").status, 401);
     let entries =
-        |cursor| -> Vec<Value> { agent.logs(SECRET, cursor).body.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
+        |cursor| -> Vec<Value> { agent.logs(SECRET, cursor).text().lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
     crate::support::wait_for("the end to be logged", || entries(0).len() == 3);
     let all = entries(0);
     let messages: Vec<&str> = all.iter().map(|entry| entry["message"].as_str().unwrap()).collect();
@@ -128,5 +128,5 @@ fn the_log_tells_the_host_what_processes_did_and_nobody_else() {
     assert_eq!((&all[1]["fields"]["source"], &all[2]["fields"]["status"]), (&json!("stdout"), &json!("exit status 3")));
     assert_eq!(entries(all[1]["seq"].as_u64().unwrap()), all[2..]);
     assert_eq!(agent.init(SECRET, &other_identity()).status, 204);
-    assert_eq!(agent.logs(NEXT_SECRET, 0).body, "", "a sandbox made from a dump does not show what happened before");
+    assert_eq!(agent.logs(NEXT_SECRET, 0).text(), "", "a sandbox made from a dump does not show what happened before");
 }

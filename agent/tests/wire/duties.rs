@@ -42,14 +42,12 @@ fn a_process_inherits_no_ignored_and_no_blocked_signals() {
 #[test]
 fn loopback_is_up_before_it_listens() {
     let agent = Agent::launch(&["--net"]);
-    let parent = agent.parent_pid();
-    let child = || std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap().trim().to_owned();
     wait_for("the agent to answer in its own network", || {
         let ask = format!(
             "exec 3<>/dev/tcp/127.0.0.1/{} && printf 'GET /health HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n' >&3 && head -1 <&3",
             agent.port
         );
-        let answer = Command::new("nsenter").args(["--net", "-t", &child(), "bash", "-c", &ask]).output().unwrap();
+        let answer = Command::new("nsenter").args(["--net", "-t", &agent.pid().to_string(), "bash", "-c", &ask]).output().unwrap();
         String::from_utf8_lossy(&answer.stdout).starts_with("HTTP/1.1 204")
     });
 }
@@ -57,11 +55,11 @@ fn loopback_is_up_before_it_listens() {
 #[test]
 fn nobody_gets_in_before_init_and_only_the_token_afterwards() {
     let agent = Agent::generic();
-    let status = |target: &str, headers: &[(&str, &str)]| agent.request("GET", target, headers, b"").status;
+    let status = |target: &str, headers: &[(&str, &str)]| agent.request("GET", target).headers(headers).send("").status;
     assert_eq!(status("/health", &[]), 204);
     assert_eq!(status("/envs", &[("X-Access-Token", TOKEN)]), 401);
     assert_eq!(agent.init(SECRET, &crate::support::identity()).status, 204);
-    let refused = agent.request("POST", "/process.Process/List", &[("Content-Type", "application/json")], b"{}").answer();
+    let refused = agent.request("POST", "/process.Process/List").header("Content-Type", "application/json").send("{}");
     let message = "unauthorized access, please provide a valid access token or method signing if supported";
     assert_eq!((refused.status, refused.json()), (401, json!({ "code": 401, "message": message })));
     assert_eq!(status("/metrics", &[("X-Access-Token", "wrong")]), 401);
@@ -91,10 +89,10 @@ fn a_browser_may_ask_from_anywhere() {
         ("Access-Control-Request-Method", "POST"),
         ("Access-Control-Request-Headers", "x-access-token"),
     ];
-    let preflight = agent.request("OPTIONS", "/process.Process/Start", &headers, b"");
+    let preflight = agent.request("OPTIONS", "/process.Process/Start").headers(&headers).send("");
     assert_eq!((preflight.status, preflight.header("access-control-allow-origin")), (200, Some("*")));
     assert!(preflight.header("access-control-allow-headers").is_some() && preflight.header("access-control-allow-methods").is_some());
-    let refused = agent.request("GET", "/envs", &headers[..1], b"");
+    let refused = agent.request("GET", "/envs").headers(&headers[..1]).send("");
     assert_eq!((refused.status, refused.header("access-control-allow-origin")), (401, Some("*")), "so that a script can read the error");
 }
 
