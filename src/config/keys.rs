@@ -2,7 +2,7 @@
 
 use super::value::{Listen, Value};
 use super::{ApiKey, Config, LogFormat};
-use crate::runtime::config::SandboxMounts;
+use crate::runtime::config::{DiskDriver, SandboxMounts};
 use crate::sandbox::SnapshotSync;
 use std::path::PathBuf;
 
@@ -46,6 +46,7 @@ keys! {
     "runtime.criu" => |c, v| c.runtime.criu = Some(absolute(v)?);
     "runtime.helper_time_max" => |c, v| c.runtime.helper_time_max = v.duration()?;
     "runtime.disk_free_min" => |c, v| c.runtime.disk_free_min = v.size()?;
+    "runtime.disk_driver" => |c, v| c.runtime.disk_driver = disk_driver(v)?;
     "runtime.lazy_restore_min" => |c, v| c.runtime.lazy_restore_min = v.size()?;
     "runtime.uid_first" => |c, v| c.runtime.uid_ranges.first = uid_first(v)?;
     "runtime.uid_count" => |c, v| c.runtime.uid_ranges.count = v.whole(1, 32_768)?;
@@ -140,6 +141,14 @@ fn mounts(value: &Value) -> Result<SandboxMounts, String> {
         "user" => Ok(SandboxMounts::User),
         "none" => Ok(SandboxMounts::None),
         other => Err(format!("'{other}' is neither user nor none")),
+    }
+}
+
+fn disk_driver(value: &Value) -> Result<DiskDriver, String> {
+    match value.text()?.as_str() {
+        "auto" => Ok(DiskDriver::Auto),
+        "folder" => Ok(DiskDriver::Folder),
+        other => Err(format!("'{other}' is neither auto nor folder")),
     }
 }
 

@@ -100,14 +100,15 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RootEr
 /// Mounts disk and root of a sandbox. Returns the user namespace whose map the mounts use; the sandbox's processes
 /// belong in it. What a failure leaves is undone by [`unmount_root`].
 pub fn mount_root(plan: &RootPlan) -> Result<OwnedFd, RootError> {
-    let userns = new_user_namespace(plan.uid_base, IDS_PER_SANDBOX)
-        .map_err(failed("make a user namespace for", plan.folder.path()))?;
+    let userns = new_user_namespace(plan.uid_base, IDS_PER_SANDBOX).map_err(failed("make a user namespace for", plan.folder.path()))?;
     for path in [plan.folder.disk_mount(), plan.folder.root_mount()] {
         super::disk::make_private(&path).map_err(failed("make", &path))?;
     }
     mount_disk(plan, userns.as_fd())?;
     let host = File::open("/proc/self/ns/mnt").map_err(failed("open", Path::new("/proc/self/ns/mnt")))?;
-    let root = enter_stage().map_err(failed("make a private mount namespace at", Path::new(STAGE))).and_then(|()| build_overlay(plan, userns.as_fd()));
+    let root = enter_stage()
+        .map_err(failed("make a private mount namespace at", Path::new(STAGE)))
+        .and_then(|()| build_overlay(plan, userns.as_fd()));
     setns(&host, CloneFlags::CLONE_NEWNS).map_err(|errno| failed("go back to", Path::new("/proc/self/ns/mnt"))(errno.into()))?;
     let target = plan.folder.root_mount();
     attach(root?, &target).map_err(failed("mount the root at", &target))?;
@@ -162,7 +163,9 @@ fn renew_kernel_folders(root: &Path) -> io::Result<()> {
     }
     let agents_own = root.join("run/stillbox");
     let boot_id = root.join(super::agent::BOOT_ID_PATH.trim_start_matches('/'));
-    if !fs::symlink_metadata(&agents_own).is_ok_and(|found| found.is_dir()) || !fs::symlink_metadata(&boot_id).is_ok_and(|found| found.is_file()) {
+    if !fs::symlink_metadata(&agents_own).is_ok_and(|found| found.is_dir())
+        || !fs::symlink_metadata(&boot_id).is_ok_and(|found| found.is_file())
+    {
         remove_any(&agents_own)?;
         ensure_folder(&agents_own)?;
         fs::write(&boot_id, super::agent::BOOT_ID_UNSET)?;

@@ -35,6 +35,8 @@ impl UidPool {
     /// A pool of `ranges`. Servers of other data folders begin elsewhere, so that two rarely meet in one range;
     /// where they do, the sandboxes share nothing but the kernel's per-user counters.
     pub fn new(ranges: UidRanges, instance: InstanceId) -> Self {
+        // Ids end at 2^32 - 2.
+        let ranges = UidRanges { count: ranges.count.min((u32::MAX - ranges.first) / IDS_PER_SANDBOX), ..ranges };
         let seed = instance.as_str().bytes().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte)));
         let next = seed.checked_rem(ranges.count).unwrap_or(0);
         Self(Arc::new(Mutex::new(State { ranges, next, taken: BTreeSet::new() })))
@@ -106,6 +108,14 @@ mod tests {
         let freed = first.base();
         drop(first);
         assert_eq!(pool.lease().unwrap().base(), freed);
+    }
+
+    #[test]
+    fn ranges_end_where_ids_end() {
+        let pool = UidPool::new(UidRanges { first: 0xfffd_0000, count: 4096 }, "abcde".parse().unwrap());
+        let leases = [pool.lease().unwrap(), pool.lease().unwrap()];
+        assert!(leases.iter().all(|lease| lease.base().checked_add(IDS_PER_SANDBOX).is_some()));
+        assert_eq!(pool.lease().unwrap_err(), NoRangeLeft(2));
     }
 
     #[test]

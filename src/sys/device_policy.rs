@@ -68,9 +68,7 @@ pub fn restrict(cgroup: BorrowedFd<'_>, allowed: &[CharDevice]) -> io::Result<()
         flags: BPF_F_ALLOW_MULTI,
     };
     // SAFETY: `attributes` outlives the call, and the size is its own.
-    checked(unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attributes, size_of::<AttachAttributes>())
-    })?;
+    checked(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attributes, size_of::<AttachAttributes>()) })?;
     Ok(())
 }
 
@@ -83,9 +81,7 @@ fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
         ..LoadAttributes::default()
     };
     // SAFETY: `attributes` and what it points to outlive the call, and the size is its own.
-    let fd = checked(unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, size_of::<LoadAttributes>())
-    })?;
+    let fd = checked(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, size_of::<LoadAttributes>()) })?;
     // SAFETY: the kernel has just returned this descriptor to us and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -99,14 +99,7 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr) -> io::R
     let size = size_of::<libc::mount_attr>();
     // SAFETY: the empty path and `attributes` outlive the call, and `size` is the size of the latter.
     let outcome = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            std::ptr::from_ref(attributes),
-            size,
-        )
+        libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, std::ptr::from_ref(attributes), size)
     };
     checked(outcome).map(drop)
 }
@@ -136,9 +129,8 @@ pub fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result
     how.flags = u64::try_from(flags | libc::O_CLOEXEC).map_err(io::Error::other)?;
     how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
     // SAFETY: `path` and `how` outlive the call, and the size is that of `how`.
-    let fd = checked(unsafe {
-        libc::syscall(libc::SYS_openat2, root.as_raw_fd(), path.as_ptr(), &raw const how, size_of::<libc::open_how>())
-    })?;
+    let fd =
+        checked(unsafe { libc::syscall(libc::SYS_openat2, root.as_raw_fd(), path.as_ptr(), &raw const how, size_of::<libc::open_how>()) })?;
     // SAFETY: the kernel has just returned this descriptor to us and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

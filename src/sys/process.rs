@@ -75,7 +75,8 @@ pub fn zombie_children() -> HashSet<i32> {
     let is_zombie = |pid: &i32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         // After the command name: state, parent.
-        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().strip_prefix("Z ").is_some_and(|rest| rest.split(' ').next() == Some(&parent)))
+        stat.rsplit_once(')')
+            .is_some_and(|(_, rest)| rest.trim_start().strip_prefix("Z ").is_some_and(|rest| rest.split(' ').next() == Some(&parent)))
     };
     pids.filter(is_zombie).collect()
 }
@@ -104,6 +105,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "it is reaped by the function under test")]
     fn a_child_that_nobody_waited_for_is_a_zombie_until_it_is_reaped() {
         let child = std::process::Command::new("true").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
@@ -116,6 +118,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "it is reaped by the function under test")]
     fn a_killed_child_is_reaped_once_with_its_signal() {
         let mut command = std::process::Command::new("sleep");
         let child = command.arg("60").spawn().unwrap();

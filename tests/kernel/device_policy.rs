@@ -8,7 +8,8 @@ use stillbox::sys::device_policy::restrict;
 
 #[test]
 fn processes_of_a_restricted_cgroup_open_the_listed_devices_only() {
-    let hierarchy = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().find(|path| is_v2(path)).expect("cgroup v2 is mounted somewhere");
+    let hierarchy =
+        ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().find(|path| is_v2(path)).expect("cgroup v2 is mounted somewhere");
     let cgroup = format!("{hierarchy}/stillbox-policy-{}", std::process::id());
     std::fs::create_dir(&cgroup).unwrap();
     restrict(File::open(&cgroup).unwrap().as_fd(), &allowed_devices()).unwrap();

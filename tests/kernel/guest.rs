@@ -78,7 +78,8 @@ pub(crate) async fn run(kernel: &Kernel, id: SandboxId, command: &str) -> Said {
 
 /// Runs a shell command as a user of the layer's.
 pub(crate) async fn run_as(kernel: &Kernel, id: SandboxId, user: &str, command: &str) -> Said {
-    let start = json!({ "process": { "cmd": "/bin/sh", "args": ["-c", format!("exec 2>&1; {command}")], "envs": {}, "cwd": "/" }, "stdin": false });
+    let start =
+        json!({ "process": { "cmd": "/bin/sh", "args": ["-c", format!("exec 2>&1; {command}")], "envs": {}, "cwd": "/" }, "stdin": false });
     let request = Request::post("/process.Process/Start")
         .header("content-type", "application/connect+json")
         .header("connect-protocol-version", "1")
@@ -127,7 +128,11 @@ fn read_events(mut body: &[u8]) -> Said {
     said
 }
 
-async fn send(kernel: &Kernel, id: SandboxId, mut request: Request<Full<bytes::Bytes>>) -> Result<(u16, bytes::Bytes), Box<dyn std::error::Error + Send + Sync>> {
+async fn send(
+    kernel: &Kernel,
+    id: SandboxId,
+    mut request: Request<Full<bytes::Bytes>>,
+) -> Result<(u16, bytes::Bytes), Box<dyn std::error::Error + Send + Sync>> {
     request.headers_mut().insert("host", "localhost".parse()?);
     let stream = kernel.dial(id, AGENT_PORT).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use stillbox::model::{ByteSize, SandboxId};
 use stillbox::runtime::config::{DiskDriver, RuntimeConfig, SandboxMounts};
 use stillbox::runtime::kernel::Kernel;
-use stillbox::sys::process;
 use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, RuntimeError, StartFrom, StartRequest};
+use stillbox::sys::process;
 
 #[test]
 fn nothing_is_left_after_twenty_sandboxes() {
@@ -99,7 +99,12 @@ fn a_stopped_sandbox_keeps_its_disk_and_boots_from_it() {
         assert!(left.len() == 1 && left[0].starts_with("folder "), "{left:?}");
 
         machine.start(&kernel, StartRequest { disk: DiskSource::Own, ..machine.request(id) }).await;
-        let said = run(&kernel, id, "cat /root/file; ls -l /dev/null /dev/tty | cut -c1-10; ls -ld /dev/shm | cut -c1-10; cat /proc/sys/kernel/random/boot_id").await;
+        let said = run(
+            &kernel,
+            id,
+            "cat /root/file; ls -l /dev/null /dev/tty | cut -c1-10; ls -ld /dev/shm | cut -c1-10; cat /proc/sys/kernel/random/boot_id",
+        )
+        .await;
         assert_eq!(said.text, format!("kept\ncrw-rw-rw-\ncrw-rw-rw-\ndrwxrwxrwt\n{BOOT_ID}\n"));
         kernel.destroy(id).await.unwrap();
         assert_eq!(machine.traces(), Vec::<String>::new());
@@ -168,7 +173,10 @@ fn a_layer_cannot_lead_the_runtime_astray_by_symbolic_links() {
         }
         let kernel = machine.kernel().await;
         let id = machine.sandbox(&kernel).await;
-        assert_eq!(run(&kernel, id, "ls -ld /proc /sys /dev /run | cut -c1; test -e /etc/shadow").await, Said { text: "d\nd\nd\nd\n".to_owned(), code: 1 });
+        assert_eq!(
+            run(&kernel, id, "ls -ld /proc /sys /dev /run | cut -c1; test -e /etc/shadow").await,
+            Said { text: "d\nd\nd\nd\n".to_owned(), code: 1 }
+        );
         kernel.destroy(id).await.unwrap();
         kernel.close().await;
     });
@@ -191,7 +199,12 @@ fn a_paused_sandbox_goes_on_where_it_was_with_other_ids() {
     on_own_machine(async |machine| {
         let kernel = machine.kernel().await;
         let id = machine.sandbox(&kernel).await;
-        run(&kernel, id, "(i=0; while :; do i=$((i+1)); echo $i > /root/new; mv /root/new /root/count; sleep 0.01; done) > /dev/null 2>&1 &").await;
+        run(
+            &kernel,
+            id,
+            "(i=0; while :; do i=$((i+1)); echo $i > /root/new; mv /root/new /root/count; sleep 0.01; done) > /dev/null 2>&1 &",
+        )
+        .await;
         let map = run(&kernel, id, "cat /proc/self/uid_map").await.text;
         let images = folder(&machine, "images");
         let dumped = kernel.dump(DumpRequest { id, after: AfterDump::Stop, images: images.clone(), disk_copy: None }).await;

@@ -132,10 +132,12 @@ impl Drop for Machine {
             cgroups.close();
         }
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| Path::new(point).starts_with(self.folder.path()));
+        let points =
+            mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| Path::new(point).starts_with(self.folder.path()));
         // The deepest first.
         for point in points.collect::<Vec<_>>().into_iter().rev() {
-            drop(nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH));
+            // It may have gone with another one.
+            let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
         }
     }
 }

@@ -24,42 +24,48 @@ fn in_sandbox(change: fn(&mut StartRequest), test: impl AsyncFnOnce(&Kernel, San
 
 #[test]
 fn a_sandbox_has_namespaces_ids_mounts_and_devices_of_its_own() {
-    in_sandbox(|_| {}, async |kernel, id| {
-        let said = run(kernel, id, "id -u; cat /proc/self/uid_map; cat /proc/sys/kernel/random/boot_id; hostname").await;
-        let lines: Vec<&str> = said.text.lines().map(str::trim).collect();
-        assert_eq!(lines[0], "0");
-        assert!(lines[1].ends_with("65536") && lines[1].starts_with("0 "), "{}", lines[1]);
-        assert_eq!(&lines[2..], [BOOT_ID, "guest"]);
-        assert_eq!(run_as(kernel, id, "user", "id -u").await.text.trim(), "1000");
+    in_sandbox(
+        |_| {},
+        async |kernel, id| {
+            let said = run(kernel, id, "id -u; cat /proc/self/uid_map; cat /proc/sys/kernel/random/boot_id; hostname").await;
+            let lines: Vec<&str> = said.text.lines().map(str::trim).collect();
+            assert_eq!(lines[0], "0");
+            assert!(lines[1].ends_with("65536") && lines[1].starts_with("0 "), "{}", lines[1]);
+            assert_eq!(&lines[2..], [BOOT_ID, "guest"]);
+            assert_eq!(run_as(kernel, id, "user", "id -u").await.text.trim(), "1000");
 
-        let mounts = run(kernel, id, "cut -d' ' -f2 /proc/mounts").await.text;
-        let mounts: Vec<&str> = mounts.lines().collect();
-        assert_eq!(mounts, ["/", "/proc", "/dev/pts", "/sys", "/proc/sys/kernel/random/boot_id"]);
+            let mounts = run(kernel, id, "cut -d' ' -f2 /proc/mounts").await.text;
+            let mounts: Vec<&str> = mounts.lines().collect();
+            assert_eq!(mounts, ["/", "/proc", "/dev/pts", "/sys", "/proc/sys/kernel/random/boot_id"]);
 
-        let devices = "cd /dev; ls -l null zero full random urandom tty fuse | cut -c1-10 | sort -u; readlink ptmx";
-        assert_eq!(run(kernel, id, devices).await.text, "crw-rw-rw-\npts/ptmx\n");
-        let used = run(kernel, id, "echo x > /dev/null && head -c 8 /dev/urandom | wc -c && head -c 3 /dev/zero | wc -c").await;
-        assert_eq!(used.text, "8\n3\n");
-        let cgroup = run(kernel, id, "cut -d: -f3 /proc/self/cgroup | sort -u").await;
-        assert_eq!(cgroup.text, "/\n", "the host's cgroup paths show through");
-    });
+            let devices = "cd /dev; ls -l null zero full random urandom tty fuse | cut -c1-10 | sort -u; readlink ptmx";
+            assert_eq!(run(kernel, id, devices).await.text, "crw-rw-rw-\npts/ptmx\n");
+            let used = run(kernel, id, "echo x > /dev/null && head -c 8 /dev/urandom | wc -c && head -c 3 /dev/zero | wc -c").await;
+            assert_eq!(used.text, "8\n3\n");
+            let cgroup = run(kernel, id, "cut -d: -f3 /proc/self/cgroup | sort -u").await;
+            assert_eq!(cgroup.text, "/\n", "the host's cgroup paths show through");
+        },
+    );
 }
 
 #[test]
 fn what_cannot_be_dumped_is_refused_inside() {
-    in_sandbox(|_| {}, async |kernel, id| {
-        for option in ["-U", "-p", "-n", "-i", "-u"] {
-            let said = run(kernel, id, &format!("unshare {option} true")).await;
-            assert!(said.code != 0 && said.text.contains("Operation not permitted"), "unshare {option}: {said:?}");
-        }
-        assert_eq!(run(kernel, id, "unshare -m true").await.code, 0, "mount namespaces are allowed");
-        let mounted = run(kernel, id, "mkdir /m && mount -t tmpfs none /m && touch /m/x && umount /m").await;
-        assert_eq!(mounted.code, 0, "{mounted:?}");
-        for (command, what) in [("mknod /tmp/mem c 1 1", "mknod"), ("dmesg", "klogctl"), ("ip link set lo down", "ip")] {
-            let said = run(kernel, id, command).await;
-            assert!(said.code != 0 && said.text.contains(what) && said.text.contains("not permitted"), "{command}: {said:?}");
-        }
-    });
+    in_sandbox(
+        |_| {},
+        async |kernel, id| {
+            for option in ["-U", "-p", "-n", "-i", "-u"] {
+                let said = run(kernel, id, &format!("unshare {option} true")).await;
+                assert!(said.code != 0 && said.text.contains("Operation not permitted"), "unshare {option}: {said:?}");
+            }
+            assert_eq!(run(kernel, id, "unshare -m true").await.code, 0, "mount namespaces are allowed");
+            let mounted = run(kernel, id, "mkdir /m && mount -t tmpfs none /m && touch /m/x && umount /m").await;
+            assert_eq!(mounted.code, 0, "{mounted:?}");
+            for (command, what) in [("mknod /tmp/mem c 1 1", "mknod"), ("dmesg", "klogctl"), ("ip link set lo down", "ip")] {
+                let said = run(kernel, id, command).await;
+                assert!(said.code != 0 && said.text.contains(what) && said.text.contains("not permitted"), "{command}: {said:?}");
+            }
+        },
+    );
 }
 
 #[test]
@@ -105,16 +111,19 @@ fn memory_cpu_and_pids_end_at_their_limits() {
 
 #[test]
 fn usage_follows_what_is_used() {
-    in_sandbox(|_| {}, async |kernel, id| {
-        let before = kernel.usage(id).await.unwrap();
-        assert!(before.disk_total_bytes > 19 << 30, "{before:?}");
-        run(kernel, id, "dd if=/dev/urandom of=/root/file bs=1M count=30 && sync").await;
-        let after = kernel.usage(id).await.unwrap();
-        assert!(after.disk_used_bytes >= before.disk_used_bytes + (30 << 20), "{before:?} {after:?}");
-        assert!(after.cpu_ns > before.cpu_ns);
-        assert!(after.memory_used_bytes > 0 && after.memory_used_bytes < 200 << 20, "{after:?}");
-        assert!(after.memory_cache_bytes > 20 << 20, "{after:?}");
-    });
+    in_sandbox(
+        |_| {},
+        async |kernel, id| {
+            let before = kernel.usage(id).await.unwrap();
+            assert!(before.disk_total_bytes > 19 << 30, "{before:?}");
+            run(kernel, id, "dd if=/dev/urandom of=/root/file bs=1M count=30 && sync").await;
+            let after = kernel.usage(id).await.unwrap();
+            assert!(after.disk_used_bytes >= before.disk_used_bytes + (30 << 20), "{before:?} {after:?}");
+            assert!(after.cpu_ns > before.cpu_ns);
+            assert!(after.memory_used_bytes > 0 && after.memory_used_bytes < 200 << 20, "{after:?}");
+            assert!(after.memory_cache_bytes > 20 << 20, "{after:?}");
+        },
+    );
 }
 
 #[test]
@@ -148,11 +157,14 @@ fn two_sandboxes_share_neither_ids_nor_files() {
 
 #[test]
 fn programs_of_the_image_may_become_root_and_change_owners() {
-    in_sandbox(|_| {}, async |kernel, id| {
-        let said = run(kernel, id, "touch /root/x && chown 1000:1000 /root/x && chmod 4755 /root/x && ls -ln /root/x").await;
-        assert!(said.text.starts_with("-rwsr-xr-x") && said.text.contains(" 1000 "), "{said:?}");
-        run(kernel, id, "sed -i s/root:x:/root::/ /etc/passwd; mkdir /suid; cp /bin/busybox /suid/su; chmod 4755 /suid/su").await;
-        let said = run_as(kernel, id, "user", "id -u; /suid/su -c 'id -u' root").await;
-        assert_eq!(said.text, "1000\n0\n", "setuid programs do not work");
-    });
+    in_sandbox(
+        |_| {},
+        async |kernel, id| {
+            let said = run(kernel, id, "touch /root/x && chown 1000:1000 /root/x && chmod 4755 /root/x && ls -ln /root/x").await;
+            assert!(said.text.starts_with("-rwsr-xr-x") && said.text.contains(" 1000 "), "{said:?}");
+            run(kernel, id, "sed -i s/root:x:/root::/ /etc/passwd; mkdir /suid; cp /bin/busybox /suid/su; chmod 4755 /suid/su").await;
+            let said = run_as(kernel, id, "user", "id -u; /suid/su -c 'id -u' root").await;
+            assert_eq!(said.text, "1000\n0\n", "setuid programs do not work");
+        },
+    );
 }

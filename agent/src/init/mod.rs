@@ -109,7 +109,7 @@ fn is_uuid(text: &str) -> bool {
 
 fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), InitError> {
     match rustix::system::sethostname(request.hostname.as_bytes()) {
-        // Without CAP_SYS_ADMIN (`runtime.mounts = "none"`) nobody inside may; the name then stands in the files alone.
+        // Without CAP_SYS_ADMIN (`sandbox.mounts = "none"`) nobody inside may; the name then stands in the files alone.
         Ok(()) | Err(rustix::io::Errno::PERM) => {}
         Err(error) => return Err(InitError::Hostname(error.into())),
     }

@@ -78,12 +78,8 @@ impl Dump {
     /// Says beside the images that they are complete, before any task is ended: whoever finds the sandbox dead later
     /// can rely on it.
     fn record(&self, standstill: Duration) -> Result<Dumped, HookError> {
-        let dumped = Dumped {
-            criu: self.criu_sha256.clone(),
-            agent: self.agent_sha256.clone(),
-            images_bytes: bytes_in(&self.images)?,
-            standstill,
-        };
+        let dumped =
+            Dumped { criu: self.criu_sha256.clone(), agent: self.agent_sha256.clone(), images_bytes: bytes_in(&self.images)?, standstill };
         let mut file = File::create(self.images.join(DUMPED_FILE))?;
         file.write_all(&serde_json::to_vec(&dumped)?)?;
         Ok(dumped)

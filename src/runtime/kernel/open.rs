@@ -79,7 +79,9 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
     nix::sys::prctl::set_child_subreaper(true).map_err(|errno| wrong("become the subreaper for", layout.data_dir())(errno.into()))?;
     let disks = Disks::open(layout.clone(), config.disk_driver, config.disk_free_min);
     if disks.kind() == DiskKind::Folder {
-        tracing::warn!("Disks are plain folders, without loop devices (modprobe loop; runtime.disk_driver): they have no size limit, and nothing can be paused");
+        tracing::warn!(
+            "Disks are plain folders, without loop devices (modprobe loop; runtime.disk_driver): they have no size limit, and nothing can be paused"
+        );
     }
     let agent = agent::install(&layout)?;
     let criu = usable_criu(&layout, config.criu.as_deref());
@@ -154,7 +156,8 @@ fn read_line(path: &str) -> String {
 /// The flags of the first CPU, sorted.
 fn cpu_flags(cpuinfo: &str) -> String {
     let line = cpuinfo.lines().find(|line| line.starts_with("flags"));
-    let flags: BTreeSet<&str> = line.and_then(|line| line.split_once(':')).map(|(_, flags)| flags.split_whitespace().collect()).unwrap_or_default();
+    let flags: BTreeSet<&str> =
+        line.and_then(|line| line.split_once(':')).map(|(_, flags)| flags.split_whitespace().collect()).unwrap_or_default();
     flags.into_iter().collect::<Vec<_>>().join(" ")
 }
 

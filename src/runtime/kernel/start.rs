@@ -11,9 +11,7 @@ use crate::runtime::helper::restore::Restore;
 use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
-use crate::runtime::{
-    AfterDump, DiskSource, DumpRequest, Dumped, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary,
-};
+use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
@@ -58,8 +56,8 @@ impl Kernel {
         let uids = self.0.uids.lease().map_err(|error| RuntimeError::Exhausted {
             what: "the pool of host id ranges".to_owned(),
             used: error.0.to_string(),
-            limit: format!("{} (runtime.uid_range_count)", error.0),
-            remedy: "kill sandboxes or raise runtime.uid_range_count".to_owned(),
+            limit: format!("{} (runtime.uid_count)", error.0),
+            remedy: "kill sandboxes or raise runtime.uid_count".to_owned(),
         })?;
         let slot = self.0.network.lease(request.id, &request.network).await;
         Ok(Acquired { uids, slot: slot.map_err(|error| network_error(request.id, error))? })
