@@ -73,10 +73,20 @@ pub(super) async fn init(
     ready_max: Duration,
 ) -> Result<(), AgentError> {
     let body = Bytes::from(serde_json::to_vec(request).map_err(|error| AgentError::Protocol(error.into()))?);
-    let deadline = Instant::now() + ready_max;
+    let tries = keep_trying_init(runtime, id, secrets, body, Instant::now() + ready_max);
+    tokio::time::timeout(ready_max, tries).await.map_err(|_| AgentError::Slow(ready_max))?
+}
+
+async fn keep_trying_init(
+    runtime: &Arc<dyn Runtime>,
+    id: SandboxId,
+    secrets: [&str; 2],
+    body: Bytes,
+    deadline: Instant,
+) -> Result<(), AgentError> {
     let mut which = 0;
     loop {
-        let secret = secrets[which % 2];
+        let secret = secrets[which];
         let error = match call(runtime, id, Method::POST, wire::INIT_PATH, secret, body.clone(), INIT_BYTES_MAX).await {
             Ok(answer) if answer.status == StatusCode::NO_CONTENT => return Ok(()),
             // A reply that was lost on the way leaves the agent with the next secret.

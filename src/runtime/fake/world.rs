@@ -84,6 +84,7 @@ struct State {
     failures: BTreeMap<Verb, Vec<&'static str>>,
     gates: BTreeMap<Verb, Held>,
     calls: Vec<(Verb, Option<SandboxId>)>,
+    start_hanging: bool,
     key: Option<DumpKey>,
     usage: Option<Usage>,
 }
@@ -115,6 +116,11 @@ impl Fake {
         let ((calls, reached), (hold, open)) = (watch::channel(0), watch::channel(false));
         lock(&self.state).gates.insert(verb, Held { calls, open });
         Gate { verb, state: Arc::clone(&self.state), reached, _open: hold }
+    }
+
+    /// Agents that are started cold from now on answer nothing.
+    pub fn start_hanging(&self, hangs: bool) {
+        lock(&self.state).start_hanging = hangs;
     }
 
     /// What [`Runtime::findings`] answers for this sandbox from now on.
@@ -241,7 +247,10 @@ impl Runtime for Fake {
         self.pass(Verb::Start, Some(id)).await?;
         self.make_disk(id, &request.disk).map_err(from_io(id, "making the disk"))?;
         let agent = match &request.from {
-            StartFrom::Cold { control_secret } => FakeAgent { control_secret: control_secret.clone(), ..FakeAgent::default() },
+            StartFrom::Cold { control_secret } => {
+                let hangs = lock(&self.state).start_hanging;
+                FakeAgent { control_secret: control_secret.clone(), hangs, ..FakeAgent::default() }
+            }
             StartFrom::Dump { images, .. } => {
                 let memory = std::fs::read(images.join("memory.json")).map_err(from_io(id, "reading the images"))?;
                 serde_json::from_slice(&memory).map_err(|_| failure(id, "the images are damaged"))?
