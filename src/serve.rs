@@ -8,7 +8,7 @@ use crate::config::{ApiKey, Config, Listen, LogFormat};
 use crate::proxy::{self, Proxy, ProxyConfig, tls};
 use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
-use crate::sandbox::{self, InstallKey, Registry};
+use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::{self, Templates};
 use std::fs;
@@ -99,7 +99,8 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     let kernel = Kernel::open(config.runtime.clone(), install.instance).await?;
     config.sandbox.nameservers = kernel.nameservers();
     let runtime: Arc<dyn Runtime> = Arc::new(kernel);
-    let registry = Registry::open(config.sandbox.clone(), InstallKey::from_bytes(install.key), store, Arc::clone(&runtime)).await?;
+    let token_key = InstallKey::from_bytes(install.key);
+    let registry = Registry::open_with(config.sandbox.clone(), token_key, store, Arc::clone(&runtime), seams(&config)).await?;
     let (stop, stopped) = watch::channel(false);
     let servers = spawn_listeners(&config, bound, tls, &registry, &templates, key, &stopped)?;
     info!(
@@ -120,6 +121,16 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     runtime.close().await;
     info!("Stopped");
     Ok(())
+}
+
+/// A crash test names the point at which this process is to die.
+fn seams(config: &Config) -> Seams {
+    let seams = Seams::default();
+    if let Some(point) = &config.failpoint {
+        tracing::warn!("This server will abort at failpoint {point}");
+        seams.failpoints.arm(point, AtFailpoint::Abort);
+    }
+    seams
 }
 
 fn start_logging(config: &Config) {

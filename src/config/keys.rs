@@ -3,7 +3,7 @@
 use super::value::{Listen, Value};
 use super::{ApiKey, Config, LogFormat};
 use crate::runtime::config::{DiskDriver, SandboxMounts};
-use crate::sandbox::SnapshotSync;
+use crate::sandbox::{CreateBy, SnapshotSync};
 use std::path::PathBuf;
 
 type Setter = fn(&mut Config, &Value) -> Result<(), String>;
@@ -40,6 +40,7 @@ keys! {
     "sandbox.wake_timeout_min" => |c, v| c.sandbox.wake_timeout_min = v.duration()?;
     "sandbox.agent_ready_max" => |c, v| c.sandbox.agent_ready_max = v.duration()?;
     "sandbox.paused_kept" => |c, v| c.sandbox.paused_kept = v.duration()?;
+    "sandbox.create_by" => |c, v| c.sandbox.create_by = create_by(v)?;
     "snapshots.disk_bytes_max" => |c, v| c.sandbox.snapshots_bytes_max = v.size()?;
     "pause.fsync" => |c, v| c.sandbox.snapshot_sync = snapshot_sync(v)?;
     "sandbox.mounts" => |c, v| c.runtime.mounts = mounts(v)?;
@@ -133,6 +134,14 @@ fn log_format(value: &Value) -> Result<LogFormat, String> {
         "text" => Ok(LogFormat::Text),
         "json" => Ok(LogFormat::Json),
         other => Err(format!("'{other}' is neither text nor json")),
+    }
+}
+
+fn create_by(value: &Value) -> Result<CreateBy, String> {
+    match value.text()?.as_str() {
+        "restore" => Ok(CreateBy::Restore),
+        "cold-start" => Ok(CreateBy::ColdStart),
+        other => Err(format!("'{other}' is neither restore nor cold-start")),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::model::Resources;
 use crate::model::ByteSize;
 use crate::proxy::ProxyConfig;
 use crate::runtime::config::RuntimeConfig;
-use crate::sandbox::{SandboxConfig, SnapshotSync};
+use crate::sandbox::{CreateBy, Failpoints, SandboxConfig, SnapshotSync};
 use crate::template::{TemplateConfig, UnpackLimits};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -45,6 +45,8 @@ pub struct Config {
     pub proxy: ProxyConfig,
     /// The core's bounds.
     pub sandbox: SandboxConfig,
+    /// Where this server is to die, for crash tests; one of [`Failpoints::ALL`].
+    pub failpoint: Option<String>,
     /// The kernel side's bounds.
     pub runtime: RuntimeConfig,
     /// Where templates come from.
@@ -83,6 +85,7 @@ impl Default for Config {
             resources: Resources { cpu_count: 2, memory: ByteSize::gib(1), disk: ByteSize::gib(20), pids_max: 4096 },
             api: ApiConfig::new(Vec::new(), "stillbox.localhost:3443"),
             proxy: ProxyConfig::for_domain("stillbox.localhost:3443"),
+            failpoint: None,
             sandbox: SandboxConfig {
                 data_dir: PathBuf::from("/var/lib/stillbox"),
                 nameservers: Vec::new(),
@@ -95,6 +98,7 @@ impl Default for Config {
                 agent_ready_max: Duration::from_secs(10),
                 snapshots_bytes_max: ByteSize::gib(100),
                 paused_kept: Duration::from_secs(30 * 24 * 3600),
+                create_by: CreateBy::Restore,
                 snapshot_sync: SnapshotSync::Background,
             },
             runtime: RuntimeConfig::new(PathBuf::from("/var/lib/stillbox")),
@@ -134,6 +138,8 @@ pub struct Sources {
     pub environment: Vec<(String, String)>,
     /// `key=value` from flags.
     pub flags: Vec<(String, String)>,
+    /// `STILLBOX_FAILPOINT`: where the server is to die, for crash tests.
+    pub failpoint: Option<String>,
     /// The user's cache folder; templates are kept below it unless template.cache_dir says otherwise.
     pub cache_home: Option<PathBuf>,
 }
@@ -150,7 +156,8 @@ impl Sources {
         let usual = Some(PathBuf::from("/etc/stillbox/stillbox.toml")).filter(|path| path.exists());
         let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let cache_home = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
-        Self { file: file.or(named).or(usual), environment, flags, cache_home }
+        let failpoint = std::env::var("STILLBOX_FAILPOINT").ok();
+        Self { file: file.or(named).or(usual), environment, flags, failpoint, cache_home }
     }
 }
 
@@ -164,7 +171,7 @@ const NOT_KEYS: [&str; 11] = [
 impl Config {
     /// Puts the sources together. Every problem of every source is reported, not the first.
     pub fn load(sources: &Sources) -> Result<Self, ConfigErrors> {
-        let mut config = Self::default();
+        let mut config = Self { failpoint: sources.failpoint.clone(), ..Self::default() };
         let mut problems = Vec::new();
         let mut apply = |origin: String, key: &str, value: &Value| {
             if let Err(what) = keys::set(&mut config, key, value) {
@@ -179,6 +186,12 @@ impl Config {
                 }
             }
             Err(problem) => return Err(ConfigErrors(vec![problem])),
+        }
+        if let Some(point) = &sources.failpoint
+            && !Failpoints::ALL.contains(&point.as_str())
+        {
+            let what = format!("'{point}' is no failpoint; there are {}", Failpoints::ALL.join(", "));
+            return Err(ConfigErrors(vec![Problem { origin: "variable STILLBOX_FAILPOINT".to_owned(), what }]));
         }
         for (name, text) in &sources.environment {
             match keys::of_variable(name) {
@@ -263,6 +276,7 @@ mod tests {
         let file = folder.path().join("stillbox.toml");
         std::fs::write(&file, "domain = 'from.file'\n[sandbox]\nrunning_max = 5\ntimeout_max = '1 h'\n").unwrap();
         let config = Config::load(&Sources {
+            failpoint: None,
             file: Some(file),
             environment: vec![("STILLBOX_DOMAIN".into(), "from.env".into()), ("STILLBOX_SANDBOX_RUNNING_MAX".into(), "6".into())],
             flags: vec![("domain".into(), "from.flag".into())],
@@ -277,6 +291,7 @@ mod tests {
     #[test]
     fn all_problems_are_reported_at_once_with_their_origin() {
         let errors = Config::load(&Sources {
+            failpoint: None,
             file: None,
             environment: vec![("STILLBOX_COLOUR".into(), "red".into()), ("STILLBOX_LISTEN".into(), "nowhere".into())],
             flags: vec![("sandbox.timeout_max".into(), "soon".into())],

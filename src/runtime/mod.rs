@@ -228,9 +228,11 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
     /// What a dump made now would depend on.
     fn dump_key(&self) -> DumpKey;
 
-    /// Resolves when nothing reads the images any more that it was restored from (a lazy restore has its memory
-    /// complete, or has lost it and the sandbox ends). Cancel-safe.
-    async fn images_released(&self, _id: SandboxId) {}
+    /// Resolves when nothing reads the images any more that it was restored from: at once, or when a lazy restore has
+    /// all its memory. An error says that the memory is lost: the sandbox is torn and must be stopped. Cancel-safe.
+    async fn filled(&self, _id: SandboxId) -> Result<(), RuntimeError> {
+        Ok(())
+    }
 
     /// Replaces the egress rules of its slot; new connections see them at once.
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError>;

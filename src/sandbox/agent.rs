@@ -9,6 +9,7 @@ use crate::runtime::Runtime;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use stillbox_agent::wire;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 /// One answer of the agent's, at most.
@@ -205,12 +207,7 @@ async fn exchange(
     body: Bytes,
     bytes_max: usize,
 ) -> Result<Answer, AgentError> {
-    let stream = runtime.dial(id, wire::AGENT_PORT).await.map_err(AgentError::Unreachable)?;
-    let (mut sender, connection) = hyper::client::conn::http1::Builder::new()
-        .max_buf_size(HEADER_BYTES_MAX)
-        .handshake(TokioIo::new(stream))
-        .await
-        .map_err(protocol)?;
+    let (mut sender, connection) = connect(runtime, id).await?;
     let request = Request::builder()
         .method(method)
         .uri(path)
@@ -226,11 +223,34 @@ async fn exchange(
         let body = Limited::new(response.into_body(), bytes_max).collect().await.map_err(AgentError::Protocol)?.to_bytes();
         Ok(Answer { status, body })
     };
-    // The connection is driven here and not in a task of its own, so that it is closed when this future is dropped.
+    drive(connection, answer).await
+}
+
+/// One connection to the agent's port, with bounded buffers.
+pub(super) async fn connect<B>(
+    runtime: &Arc<dyn Runtime>,
+    id: SandboxId,
+) -> Result<(http1::SendRequest<B>, http1::Connection<TokioIo<TcpStream>, B>), AgentError>
+where
+    B: http_body::Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let stream = runtime.dial(id, wire::AGENT_PORT).await.map_err(AgentError::Unreachable)?;
+    http1::Builder::new().max_buf_size(HEADER_BYTES_MAX).handshake(TokioIo::new(stream)).await.map_err(protocol)
+}
+
+/// Drives a connection for as long as `answer` needs it. In the caller's future and not in a task of its own, so that
+/// the connection is closed when that future is dropped.
+pub(super) async fn drive<T>(
+    connection: impl Future<Output = hyper::Result<()>>,
+    answer: impl Future<Output = Result<T, AgentError>>,
+) -> Result<T, AgentError> {
     let mut connection = std::pin::pin!(connection);
     let mut answer = std::pin::pin!(answer);
     tokio::select! {
         biased;
+        // Cancel-safe: the call is over.
         answer = &mut answer => answer,
         closed = &mut connection => match closed {
             // All bytes are in; what is left of the answer is in hyper's buffers.

@@ -30,8 +30,19 @@ pub struct SandboxConfig {
     pub snapshots_bytes_max: ByteSize,
     /// How long a paused sandbox is kept before it is removed.
     pub paused_kept: Duration,
+    /// How processes of a new sandbox come to be.
+    pub create_by: CreateBy,
     /// When a dump is put on stable storage.
     pub snapshot_sync: SnapshotSync,
+}
+
+/// How processes of a new sandbox come to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CreateBy {
+    /// A restore of the dump of its build's ready state; cold without one that fits, and one is made in the background.
+    Restore,
+    /// A cold start, always.
+    ColdStart,
 }
 
 /// When a dump is put on stable storage. A death of any of our processes is survived either way.

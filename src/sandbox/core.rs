@@ -7,6 +7,7 @@ use super::error::UnknownSandbox;
 use super::failpoints::Failpoints;
 use super::logs::LogReader;
 use super::places::Places;
+use super::ready_state::Attempts;
 use super::timers::Timers;
 use super::tokens::InstallKey;
 use crate::model::{SandboxId, SandboxRecord, SandboxSpec};
@@ -30,6 +31,7 @@ pub(super) struct Core {
     pub(super) places: Places,
     pub(super) timers: Timers,
     handles: RwLock<HashMap<SandboxId, Handle>>,
+    pub(super) ready_states: Attempts,
     tasks: Mutex<tokio::task::JoinSet<()>>,
     closing: AtomicBool,
 }
@@ -86,6 +88,7 @@ impl Core {
             failpoints: seams.failpoints,
             timers: Timers::default(),
             handles: RwLock::default(),
+            ready_states: Attempts::default(),
             tasks: Mutex::default(),
             closing: AtomicBool::new(false),
         }

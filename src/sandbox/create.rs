@@ -3,12 +3,20 @@
 //! `Reserved` (place taken, row `creating`) -> [`Prepared`] -> `Started` -> `Ready` -> row `running`. Any failure
 //! destroys what was made and leaves a row `failed` with the reason.
 
+use super::commands;
+use super::config::CreateBy;
 use super::core::Core;
 use super::driver::Driver;
 use super::error::{StoreFailure, chain};
 use super::places::{Full, Place};
+use super::ready_state;
 use super::start::{Origin, Prepared, Ready, StartError, random_boot_id, random_secret, usable_dump};
-use crate::model::{BuildRecord, BuildState, EndReason, LogLevel, SandboxId, SandboxRecord, SandboxSpec, SandboxState, SnapshotRecord, TemplateId};
+use super::tokens::TokenKind;
+use crate::model::{
+    BuildRecord, BuildSource, BuildState, EndReason, LogLevel, SandboxId, SandboxRecord, SandboxSpec, SandboxState, Secure, SnapshotRecord,
+    TemplateId,
+};
+use crate::runtime::DiskSource;
 use crate::store::{Db, StoreError, idempotency, sandboxes, snapshots, templates};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
@@ -77,22 +85,37 @@ enum Reserved {
 }
 
 /// A sandbox from a build. Goes on when the caller vanishes.
-pub(super) async fn create(core: &Arc<Core>, spec: SandboxSpec, key: Option<&str>) -> Result<SandboxRecord, CreateError> {
+pub(super) async fn create(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>) -> Result<SandboxRecord, CreateError> {
     if core.is_closing() {
         return Err(CreateError::ShuttingDown);
     }
-    if let Some(key) = key
+    let (reply, answer) = oneshot::channel();
+    let task_core = Arc::clone(core);
+    core.spawn(async move {
+        let result = create_to_end(&task_core, spec, key).await;
+        let _caller_may_be_gone = reply.send(result);
+    });
+    answer.await.unwrap_or(Err(CreateError::ShuttingDown))
+}
+
+async fn create_to_end(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>) -> Result<SandboxRecord, CreateError> {
+    if let Some(key) = &key
         && let Some(earlier) = replay(core, key, &spec).await?
     {
         return earlier_one(core, earlier).await;
     }
     let build = ready_build(core, &spec).await?;
     let place = core.places.take()?;
-    let record = new_record(core, spec, 1);
-    match reserve(core, &record, key).await? {
-        Reserved::New => run_to_ready(core, record, Origin::Build(Box::new(build)), place).await,
+    let driver = Driver::of_new(core, new_record(core, spec, 1));
+    let reserved = reserve(core, &driver.record, key.clone()).await;
+    match reserved {
+        Ok(Reserved::New) => return run_to_ready(driver, Origin::Build(Box::new(build)), place).await,
+        Ok(_) | Err(_) => driver.discard(),
+    }
+    drop(place);
+    match reserved? {
         Reserved::Replay(earlier) => earlier_one(core, earlier).await,
-        Reserved::Conflict => Err(CreateError::IdempotencyConflict { key: key.unwrap_or_default().to_owned() }),
+        Reserved::New | Reserved::Conflict => Err(CreateError::IdempotencyConflict { key: key.unwrap_or_default() }),
     }
 }
 
@@ -104,13 +127,17 @@ pub(super) async fn create_copy(core: &Arc<Core>, spec: SandboxSpec, source: Arc
     let place = core.places.take()?;
     let mut record = new_record(core, spec, source.generation + 1);
     record.boot_id.clone_from(&source.boot_id);
-    reserve(core, &record, None).await?;
-    run_to_ready(core, record, Origin::Copy(source), place).await
+    let driver = Driver::of_new(core, record);
+    if let Err(error) = reserve(core, &driver.record, None).await {
+        driver.discard();
+        return Err(error.into());
+    }
+    run_to_ready(driver, Origin::Copy(source), place).await
 }
 
-async fn run_to_ready(core: &Arc<Core>, record: SandboxRecord, origin: Origin, place: Place) -> Result<SandboxRecord, CreateError> {
-    let (id, (reply, answer)) = (record.id, oneshot::channel());
-    Driver::spawn_new(core, record, origin, place, reply);
+async fn run_to_ready(driver: Driver, origin: Origin, place: Place) -> Result<SandboxRecord, CreateError> {
+    let (id, (reply, answer)) = (driver.id, oneshot::channel());
+    driver.spawn(origin, place, reply);
     answer.await.unwrap_or(Err(CreateError::Killed(id)))
 }
 
@@ -165,8 +192,8 @@ async fn replay(core: &Core, key: &str, spec: &SandboxSpec) -> Result<Option<San
 }
 
 /// Writes the first row. Two requests with one key meet here: the store has one writer.
-async fn reserve(core: &Core, record: &SandboxRecord, key: Option<&str>) -> Result<Reserved, StoreFailure> {
-    let (record, key) = (record.clone(), key.map(ToOwned::to_owned));
+async fn reserve(core: &Core, record: &SandboxRecord, key: Option<String>) -> Result<Reserved, StoreFailure> {
+    let record = record.clone();
     let written = core.store.write(move |db| insert_unless_seen(db, &record, key.as_deref()));
     Ok(written.await?)
 }
@@ -198,13 +225,13 @@ async fn earlier_one(core: &Core, id: SandboxId) -> Result<SandboxRecord, Create
 }
 
 /// What a driver needs to read before it can decide.
-async fn dump_of(core: &Core, build: &BuildRecord) -> Result<Option<SnapshotRecord>, StartError> {
+async fn dump_of(core: &Core, record: &SandboxRecord, build: &BuildRecord) -> Result<Option<SnapshotRecord>, StartError> {
     let Some(dump) = build.dump else { return Ok(None) };
     let row = core.store.read(move |db| snapshots::by_id(db, dump)).await.unwrap_or_else(|error| {
         tracing::warn!(build = %build.id, error = chain(&error), "Could not read the dump of build {}", build.id);
         None
     });
-    usable_dump(core, build, row)
+    usable_dump(core, record, build, row)
 }
 
 impl Driver {
@@ -222,16 +249,56 @@ impl Driver {
         match origin {
             Origin::Copy(source) => {
                 let prepared = Prepared::from_copy(&self.core, &self.record, &source);
-                self.start_prepared(prepared).await
+                let ready = self.start_prepared(prepared).await;
+                self.hold_until_filled(source);
+                ready
             }
             Origin::Build(build) => self.start_from_build(*build).await,
         }
     }
 
+    /// The source's images are read until the copy has all its memory. A copy that tears ends by itself.
+    fn hold_until_filled(&self, source: Arc<super::copy::CopySource>) {
+        let (core, id) = (Arc::clone(&self.core), self.id);
+        self.core.spawn(async move {
+            let _torn_or_gone = core.runtime.filled(id).await;
+            drop(source);
+        });
+    }
+
     async fn start_from_build(&mut self, build: BuildRecord) -> Result<Ready, StartError> {
-        let dump = dump_of(&self.core, &build).await?;
-        let prepared = Prepared::from_build(&self.core, &self.record, &build, dump.as_ref());
-        self.start_prepared(prepared).await
+        let dump = match (self.core.config.create_by, build.source) {
+            (CreateBy::ColdStart, BuildSource::Recipe) => None,
+            (CreateBy::Restore, _) | (CreateBy::ColdStart, BuildSource::Sandbox(_)) => dump_of(&self.core, &self.record, &build).await?,
+        };
+        let Some(dump) = dump else { return self.start_cold(build).await };
+        let prepared = Prepared::from_build_dump(&self.core, &self.record, &build, &dump);
+        match (self.start_prepared(prepared).await, build.source) {
+            (Err(error), BuildSource::Recipe) if !self.is_killing() => {
+                tracing::warn!(sandbox.id = %self.id, build = %build.id, error = chain(&error), "Could not restore the dump of build {}; starting cold", build.id);
+                self.destroy().await;
+                self.start_cold(build).await
+            }
+            (result, BuildSource::Recipe | BuildSource::Sandbox(_)) => result,
+        }
+    }
+
+    /// What a dump of the ready state saves: the agent's start and the build's commands. Makes one for the next.
+    async fn start_cold(&mut self, build: BuildRecord) -> Result<Ready, StartError> {
+        let prepared = Prepared::cold(&self.core, &self.record, &build, DiskSource::Fresh);
+        let ready = self.start_prepared(prepared).await?;
+        let token = match self.record.spec.secure {
+            Secure::Token => Some(self.core.key.token(TokenKind::EnvdAccess, self.id)),
+            Secure::Open => None,
+        };
+        let core = Arc::clone(&self.core);
+        let commands = commands::run(&core, self.id, &build, token.as_deref());
+        match self.serve_until_killed(commands).await {
+            Some(ran) => ran?,
+            None => return Err(StartError::Killed),
+        }
+        ready_state::make_later(&self.core, build);
+        Ok(ready)
     }
 
     async fn start_prepared(&mut self, prepared: Prepared) -> Result<Ready, StartError> {
@@ -276,7 +343,7 @@ impl Driver {
         }
         match error {
             StartError::Killed => CreateError::Killed(id),
-            StartError::Runtime(_) | StartError::Agent(_) | StartError::Ended(_) | StartError::Misfit(_) => {
+            StartError::Runtime(_) | StartError::Agent(_) | StartError::Commands(_) | StartError::Ended(_) | StartError::Misfit(_) => {
                 CreateError::Start { id, source: Box::new(error) }
             }
         }

@@ -23,7 +23,7 @@ use super::resume::{ConnectError, Connected, ResumeAsk, ResumeFailure};
 use super::start::Origin;
 use super::timeout::{NewEnd, TimeoutError};
 use crate::model::{EndReason, Keep, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxState};
-use crate::runtime::Exit;
+use crate::runtime::{Exit, RuntimeError};
 use crate::store::sandboxes;
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -93,6 +93,7 @@ pub(super) struct Driver {
 enum Idle {
     Request(Request),
     Exited(Exit),
+    Filled(Result<(), RuntimeError>),
     SampleDue,
 }
 
@@ -124,18 +125,30 @@ impl Driver {
         (driver, Handle { requests, view: seen })
     }
 
-    /// Starts the driver of a sandbox whose row was just written. The reply comes when it runs or has failed.
-    pub(super) fn spawn_new(core: &Arc<Core>, record: SandboxRecord, origin: Origin, place: Place, reply: Reply<Result<SandboxRecord, CreateError>>) {
-        let (mut driver, handle) = Self::new(Arc::clone(core), record, Queue::starting());
+    /// The driver of a new sandbox, with its handle in place before the row is written: who finds the row by its
+    /// idempotency key finds the driver too.
+    pub(super) fn of_new(core: &Arc<Core>, record: SandboxRecord) -> Self {
+        let (driver, handle) = Self::new(Arc::clone(core), record, Queue::starting());
         core.add_handle(driver.id, handle);
+        driver
+    }
+
+    /// Nothing came of it: the row was not written.
+    pub(super) fn discard(self) {
+        self.core.remove_handle(self.id);
+    }
+
+    /// Starts it, its row written. The reply comes when it runs or has failed.
+    pub(super) fn spawn(mut self, origin: Origin, place: Place, reply: Reply<Result<SandboxRecord, CreateError>>) {
+        let core = Arc::clone(&self.core);
         core.spawn(async move {
-            if let Some(ticket) = driver.queue.current() {
-                driver.wait_for(ticket, Waiter::Create(reply));
-                let started = driver.start(origin, place).await;
-                driver.queue.ended(if started.is_ok() { Ended::Done } else { Ended::Failed });
-                driver.settle_create(ticket, started);
+            if let Some(ticket) = self.queue.current() {
+                self.wait_for(ticket, Waiter::Create(reply));
+                let started = self.start(origin, place).await;
+                self.queue.ended(if started.is_ok() { Ended::Done } else { Ended::Failed });
+                self.settle_create(ticket, started);
             }
-            driver.drive().await;
+            self.drive().await;
         });
     }
 
@@ -235,6 +248,12 @@ impl Driver {
                     None => std::future::pending().await,
                 }
             };
+            let filled = async {
+                match run.and(self.record.snapshot) {
+                    Some(_) => runtime.filled(id).await,
+                    None => std::future::pending().await,
+                }
+            };
             let sample_due = async {
                 match run {
                     Some(run) => tokio::time::sleep_until(run.sampler.due()).await,
@@ -243,8 +262,10 @@ impl Driver {
             };
             tokio::select! {
                 // Cancel-safe: a request is taken whole or not at all; an exit stays true and is met again; a sample
-                // that is due stays due.
+                // that is due stays due; what is filled stays so. A torn sandbox ends as well, so that comes first.
+                biased;
                 Some(request) = self.requests.recv() => Idle::Request(request),
+                filled = filled => Idle::Filled(filled),
                 exit = exited => Idle::Exited(exit),
                 () = sample_due => Idle::SampleDue,
             }
@@ -252,6 +273,8 @@ impl Driver {
         match met {
             Idle::Request(request) => self.accept(request).await,
             Idle::Exited(exit) => self.take_exit(exit),
+            Idle::Filled(Ok(())) => self.drop_used_dump(),
+            Idle::Filled(Err(torn)) => self.restore_again(torn).await,
             Idle::SampleDue => self.sample().await,
         }
     }
@@ -338,6 +361,13 @@ impl Driver {
             run.cut.send_replace(true);
         }
         let _nobody_waits = self.queue.ask(Verb::Kill);
+    }
+
+    async fn restore_again(&mut self, torn: RuntimeError) {
+        self.queue.fell_back();
+        let ask = self.tear_down_torn(torn).await;
+        let (reply, _nobody_waits) = oneshot::channel();
+        self.ask(Verb::Resume, Waiter::Resume(ask, reply)).await;
     }
 
     async fn expire(&mut self) {

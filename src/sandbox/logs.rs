@@ -57,6 +57,8 @@ pub enum MetricsError {
 pub(super) struct LogReader {
     id: SandboxId,
     secret: String,
+    /// Older lines are those of the template or sandbox that it is a copy of.
+    since: OffsetDateTime,
     read_to: Mutex<u64>,
 }
 
@@ -64,7 +66,7 @@ impl LogReader {
     /// For the run that begins now. An agent that was started anew counts from the beginning.
     pub(super) async fn open(core: &Core, record: &SandboxRecord) -> Self {
         let read_to = core.store.log_cursor(record.id.to_string()).await.unwrap_or(0);
-        Self { id: record.id, secret: record.control_secret.clone(), read_to: Mutex::new(read_to) }
+        Self { id: record.id, secret: record.control_secret.clone(), since: record.created_at, read_to: Mutex::new(read_to) }
     }
 
     /// Brings the store up to date. Cancel-safe: lines not kept are read again.
@@ -73,7 +75,8 @@ impl LogReader {
         match agent::log_since(&core.runtime, self.id, &self.secret, *read_to, core.clock.now()).await {
             Ok(page) if page.read_to > *read_to => {
                 *read_to = page.read_to;
-                core.store.keep_logs(self.id.to_string(), page.entries, Some(page.read_to));
+                let own = page.entries.into_iter().filter(|entry| entry.at >= self.since).collect();
+                core.store.keep_logs(self.id.to_string(), own, Some(page.read_to));
             }
             Ok(_) => {}
             Err(error) => tracing::debug!(sandbox.id = %self.id, error = chain(&error), "Could not read the log of sandbox {}", self.id),

@@ -9,6 +9,7 @@
 
 mod agent;
 mod clock;
+mod commands;
 mod config;
 mod copy;
 mod core;
@@ -28,6 +29,7 @@ mod network;
 mod pause;
 mod places;
 mod queue;
+mod ready_state;
 mod recover;
 mod registry;
 mod resume;
@@ -40,7 +42,7 @@ mod tokens;
 
 pub use self::core::Seams;
 pub use clock::Clock;
-pub use config::{SandboxConfig, SnapshotSync};
+pub use config::{CreateBy, SandboxConfig, SnapshotSync};
 pub use create::CreateError;
 pub use disk_use::{DiskUse, DumpUse};
 pub use error::{StoreFailure, UnknownSandbox};
@@ -50,6 +52,7 @@ pub use list::{ListError, ListOrder, ListPage, ListQuery};
 pub use logs::{LogDirection, LogQuery, MetricsError};
 pub use network::NetworkError;
 pub use pause::PauseError;
+pub use ready_state::ReadyStateError;
 pub use recover::OpenError;
 pub use registry::Registry;
 pub use resume::{ConnectError, Connected};

@@ -191,6 +191,9 @@ impl Driver {
             return Err(PauseFailure::Space { used, limit });
         }
         let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
+        // A dump during a lazy restore's fill would silently lack pages.
+        self.serve_during(runtime.filled(id)).await?;
+        self.drop_used_dump();
         let findings = self.serve_during(runtime.findings(id)).await?;
         match (findings.is_empty(), self.is_killing()) {
             (_, true) => Err(PauseFailure::Gone),

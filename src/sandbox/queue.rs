@@ -126,12 +126,7 @@ impl Queue {
         self.planned().any(|(_, verb)| verb == Verb::Kill) || self.phase == Phase::Gone
     }
 
-    /// Whether anything is under way or waits.
-    pub(super) fn is_busy(&self) -> bool {
-        self.under_way.is_some() || !self.waiting.is_empty()
-    }
-
-    /// The phase that nothing under way is about to change, if there is one.
+    /// Where it stands, but for what is under way.
     pub(super) fn phase(&self) -> Phase {
         self.phase
     }
@@ -246,6 +241,13 @@ impl Queue {
             // What was killed half-way is gone for its users; the next start sweeps what is left.
             (Ended::Failed, Verb::Start | Verb::Kill) => self.phase = Phase::Gone,
             (Ended::Failed, Verb::Pause(_) | Verb::Resume | Verb::Copy | Verb::Network) => {}
+        }
+    }
+
+    /// Nothing was under way, and yet it stopped running: its memory was lost while a lazy restore filled it.
+    pub(super) fn fell_back(&mut self) {
+        if self.phase == Phase::Running && self.under_way.is_none() {
+            self.phase = Phase::Paused;
         }
     }
 
@@ -429,7 +431,7 @@ mod tests {
                 }
             }
             prop_assert!(owed.is_empty(), "somebody waits forever: {owed:?}");
-            prop_assert!(!queue.is_busy());
+            prop_assert_eq!((queue.current(), queue.waiting.len()), (None, 0));
         }
     }
 }

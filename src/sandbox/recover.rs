@@ -121,7 +121,8 @@ async fn finish_init(core: &Arc<Core>, mut record: SandboxRecord) -> Result<Foun
     match started.introduce(Arc::clone(core), record.id).await {
         Ok(ready) => {
             (record.control_secret, record.next_control_secret) = (ready.control_secret, None);
-            (record.paused, record.snapshot) = (None, None);
+            // The dump is dropped by the driver, once nothing reads it.
+            record.paused = None;
             write(core, &record).await?;
             Ok(Found::Running(Box::new(record)))
         }

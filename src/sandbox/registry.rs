@@ -11,6 +11,7 @@ use super::list::{self, ListError, ListPage, ListQuery};
 use super::logs::{self, LogQuery, MetricsError};
 use super::network::NetworkError;
 use super::pause::PauseError;
+use super::ready_state::{self, ReadyStateError};
 use super::recover::{self, OpenError};
 use super::resume::{ConnectError, Connected, ResumeAsk};
 use super::route::{self, Route, RouteError};
@@ -19,7 +20,7 @@ use super::timeout::{NewEnd, TimeoutError};
 use super::tokens::{InstallKey, TokenKind};
 use super::{housekeeping, timers};
 use crate::model::{
-    ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec, SandboxState,
+    BuildId, ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec, SandboxState,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
@@ -83,7 +84,12 @@ impl Registry {
     /// Creates a sandbox and waits until its agent is ready. A request with an idempotency key that was seen before
     /// answers the same sandbox. The sandbox goes on when the caller vanishes.
     pub async fn create(&self, spec: SandboxSpec, idempotency_key: Option<&str>) -> Result<SandboxRecord, CreateError> {
-        create::create(&self.core, spec, idempotency_key).await
+        create::create(&self.core, spec, idempotency_key.map(ToOwned::to_owned)).await
+    }
+
+    /// Makes sure that creates from this build restore a dump of its ready state, so that the first one does already.
+    pub async fn make_ready(&self, build: BuildId) -> Result<(), ReadyStateError> {
+        ready_state::ensure(&self.core, build).await
     }
 
     /// A live sandbox as it is now.
@@ -234,12 +240,18 @@ impl Registry {
     /// Stops timers and drivers after the verb each is busy with. Sandboxes run on; the next server takes them over.
     pub async fn close(&self) {
         self.core.start_closing();
-        let handles = self.core.handles();
-        for handle in &handles {
-            let _ended_by_itself = handle.requests.send(Request::Close).await;
-        }
-        for mut handle in handles {
-            while handle.view.changed().await.is_ok() {}
+        // Again until there are none: a create that was accepted just before may add one.
+        loop {
+            let handles = self.core.handles();
+            if handles.is_empty() {
+                break;
+            }
+            for handle in &handles {
+                let _ended_by_itself = handle.requests.send(Request::Close).await;
+            }
+            for mut handle in handles {
+                while handle.view.changed().await.is_ok() {}
+            }
         }
         self.core.take_tasks().shutdown().await;
     }

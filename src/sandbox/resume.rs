@@ -12,8 +12,8 @@ use super::dump_folder::DumpFolder;
 use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
 use super::places::{Full, Place};
 use super::start::{Prepared, Ready, StartError, Started, random_boot_id, random_secret};
-use crate::model::{BuildRecord, Fit, OnTimeout, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
-use crate::runtime::DiskSource;
+use crate::model::{BuildRecord, Fit, Keep, LogLevel, OnTimeout, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
+use crate::runtime::{DiskSource, RuntimeError};
 use crate::store::{StoreError, sandboxes, snapshots, templates};
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,7 +113,7 @@ impl From<StartError> for ResumeFailure {
     fn from(error: StartError) -> Self {
         match error {
             StartError::Killed => Self::Gone,
-            other @ (StartError::Runtime(_) | StartError::Agent(_) | StartError::Ended(_) | StartError::Misfit(_)) => Self::Restore(Arc::new(other)),
+            other @ (StartError::Runtime(_) | StartError::Agent(_) | StartError::Commands(_) | StartError::Ended(_) | StartError::Misfit(_)) => Self::Restore(Arc::new(other)),
         }
     }
 }
@@ -228,25 +228,57 @@ impl Driver {
     }
 
     async fn enter_running(&mut self, ready: Ready, place: Place) {
-        let snapshot = self.record.snapshot.take();
         self.record.state = SandboxState::Running;
         self.record.paused = None;
         (self.record.control_secret, self.record.next_control_secret) = (ready.control_secret, None);
-        let record = self.record.clone();
         // Not awaited: until it is written, the row's two secrets and its dump still describe a sandbox to take over.
-        self.core.store.write_later(move |db| {
-            sandboxes::update(db, &record)?;
-            snapshot.map_or(Ok(()), |id| snapshots::remove(db, id))
-        });
+        self.write_row_later();
         self.open_run(place).await;
-        if let Some(id) = snapshot {
-            let core = Arc::clone(&self.core);
-            let sandbox = self.id;
-            self.core.spawn(async move {
-                core.runtime.images_released(sandbox).await;
-                DumpFolder::of(&core, id).remove().await;
-            });
+    }
+
+    /// The memory is complete: the dump that it came from is of the past.
+    pub(super) fn drop_used_dump(&mut self) {
+        let Some(snapshot) = self.record.snapshot.take() else { return };
+        let record = self.record.clone();
+        let written = self.core.store.write(move |db| {
+            sandboxes::update(db, &record)?;
+            snapshots::remove(db, snapshot)
+        });
+        let (core, id) = (Arc::clone(&self.core), self.id);
+        self.core.spawn(async move {
+            match written.await {
+                Ok(()) => DumpFolder::of(&core, snapshot).remove().await,
+                Err(error) => tracing::error!(sandbox.id = %id, error = chain(&error), "Could not forget the dump of sandbox {id}"),
+            }
+        });
+    }
+
+    /// Its memory will never be complete: what runs is ended, and the dump, which is whole, is restored again.
+    pub(super) async fn tear_down_torn(&mut self, error: RuntimeError) -> ResumeAsk {
+        tracing::error!(sandbox.id = %self.id, error = chain(&error), "Sandbox {} lost memory while it was filled; restoring it again", self.id);
+        self.log_line(LogLevel::Error, "memory was lost while it was filled in; the sandbox is restored from its dump again".to_owned());
+        let left = (self.record.end_at - self.core.clock.now()).try_into().unwrap_or(Duration::ZERO);
+        let place = self.close_run().await;
+        let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
+        if let Err(error) = self.serve_during(runtime.stop(id)).await {
+            tracing::error!(sandbox.id = %self.id, error = chain(&error), "Could not stop the torn sandbox {}", self.id);
         }
+        drop(place);
+        (self.record.state, self.record.paused, self.record.kernel) = (SandboxState::Paused, Some(Keep::Memory), None);
+        self.write_row_later();
+        self.publish();
+        ResumeAsk { timeout: left, on_timeout: None }
+    }
+
+    /// Queues the row as it is now. A failure is logged: the next write or the next start mends it.
+    fn write_row_later(&self) {
+        let (record, id) = (self.record.clone(), self.id);
+        let written = self.core.store.write(move |db| sandboxes::update(db, &record));
+        self.core.spawn(async move {
+            if let Err(error) = written.await {
+                tracing::error!(sandbox.id = %id, error = chain(&error), "Could not record the state of sandbox {id}");
+            }
+        });
     }
 
     /// What runs of it is ended, and the row says paused again; generation and secrets of the attempt are used up.

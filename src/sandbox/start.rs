@@ -4,11 +4,12 @@
 //! consumes the one before; what a failure leaves is said at each step.
 
 use super::agent::{self, AgentError};
+use super::commands::CommandError;
 use super::copy::CopySource;
 use super::core::Core;
 use super::dump_folder::DumpFolder;
 use super::tokens::TokenKind;
-use crate::model::{BuildRecord, BuildSource, Fit, KernelRef, SandboxRecord, Secure, SnapshotRecord};
+use crate::model::{BuildRecord, BuildSource, Fit, KernelRef, SandboxId, SandboxRecord, Secure, SnapshotRecord};
 use crate::runtime::{DiskSource, RuntimeError, StartFrom, StartRequest};
 use base64::Engine;
 use sha2::{Digest, Sha256};
@@ -33,6 +34,9 @@ pub(super) enum StartError {
     /// It has processes, but the agent was not initialised; the caller stops them.
     #[error("the agent did not become ready")]
     Agent(#[from] AgentError),
+    /// Its build's start or ready command failed; the caller stops what runs.
+    #[error(transparent)]
+    Commands(#[from] CommandError),
     /// Its pid 1 ended before it was ready; the caller stops what is left.
     #[error("the agent ended before it was ready: {0}")]
     Ended(String),
@@ -84,8 +88,17 @@ fn random_bytes<const N: usize>() -> [u8; N] {
 }
 
 /// Whether creating from this build restores a dump: one that fits, or the only thing that a stored snapshot is.
-pub(super) fn usable_dump(core: &Core, build: &BuildRecord, dump: Option<SnapshotRecord>) -> Result<Option<SnapshotRecord>, StartError> {
+pub(super) fn usable_dump(
+    core: &Core,
+    record: &SandboxRecord,
+    build: &BuildRecord,
+    dump: Option<SnapshotRecord>,
+) -> Result<Option<SnapshotRecord>, StartError> {
     let Some(dump) = dump else { return Ok(None) };
+    // A dump holds mounts of a disk of this size; another size is a fresh disk and a cold start.
+    if build.source == BuildSource::Recipe && record.spec.resources.disk != build.resources.disk {
+        return Ok(None);
+    }
     match (dump.key.fit(&core.runtime.dump_key()), build.source) {
         (Fit::Same, _) | (Fit::Likely { .. }, BuildSource::Sandbox(_)) => Ok(Some(dump)),
         (Fit::Likely { .. } | Fit::Impossible { .. }, BuildSource::Recipe) => Ok(None),
@@ -107,15 +120,10 @@ impl Prepared {
         Self::new(core, record, build, disk, from, dump.control_secret.clone())
     }
 
-    /// A new sandbox from a build.
-    pub(super) fn from_build(core: &Core, record: &SandboxRecord, build: &BuildRecord, dump: Option<&SnapshotRecord>) -> Self {
-        match dump {
-            None => Self::cold(core, record, build, DiskSource::Fresh),
-            Some(dump) => {
-                let disk = DiskSource::CopyOf(DumpFolder::of(core, dump.id).disk());
-                Self::from_dump(core, record, build, disk, dump)
-            }
-        }
+    /// A new sandbox from the dump of a build.
+    pub(super) fn from_build_dump(core: &Core, record: &SandboxRecord, build: &BuildRecord, dump: &SnapshotRecord) -> Self {
+        let disk = DiskSource::CopyOf(DumpFolder::of(core, dump.id).disk());
+        Self::from_dump(core, record, build, disk, dump)
     }
 
     /// A new sandbox as the copy of another.
@@ -139,11 +147,6 @@ impl Prepared {
         Self { request, init: introduction(core, record, build), secret }
     }
 
-    /// Whether a dump is restored.
-    pub(super) fn is_restore(&self) -> bool {
-        matches!(self.request.from, StartFrom::Dump { .. })
-    }
-
     /// Runs to its end whatever happens; on failure nothing is left but an `Own` disk.
     pub(super) async fn start(self, core: Arc<Core>) -> Result<Started, StartError> {
         let kernel = core.runtime.start(self.request).await?;
@@ -158,7 +161,7 @@ impl Started {
     }
 
     /// Tells the agent whose it is. May be dropped: a repetition succeeds.
-    pub(super) async fn introduce(self, core: Arc<Core>, id: crate::model::SandboxId) -> Result<Ready, StartError> {
+    pub(super) async fn introduce(self, core: Arc<Core>, id: SandboxId) -> Result<Ready, StartError> {
         let secrets = [self.secret.as_str(), self.init.control_secret.as_str()];
         tokio::select! {
             biased;
@@ -168,6 +171,39 @@ impl Started {
         }
         Ok(Ready { control_secret: self.init.control_secret })
     }
+}
+
+/// What an agent must know to run a build's commands, and nothing that names a sandbox of its users.
+pub(super) fn generic_introduction(core: &Core, id: SandboxId, build: &BuildRecord) -> wire::InitRequest {
+    wire::InitRequest {
+        control_secret: random_secret(),
+        sandbox_id: id.to_string(),
+        template_id: build.template.to_string(),
+        template_env: build.env.clone(),
+        default_user: build.user.clone(),
+        default_workdir: build.workdir.clone(),
+        hostname: "stillbox".into(),
+        machine_id: "0".repeat(32),
+        boot_id: random_boot_id(),
+        hosts: hosts("stillbox"),
+        resolv_conf: resolv_conf(core),
+        entropy: entropy(),
+        cpu_count: Some(build.resources.cpu_count),
+        memory_bytes: Some(build.resources.memory.bytes()),
+        ..wire::InitRequest::default()
+    }
+}
+
+fn hosts(hostname: &str) -> String {
+    format!("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 {hostname}\n")
+}
+
+fn resolv_conf(core: &Core) -> String {
+    core.config.nameservers.iter().map(|server| format!("nameserver {server}\n")).collect()
+}
+
+fn entropy() -> String {
+    base64::engine::general_purpose::STANDARD.encode(random_bytes::<32>())
 }
 
 /// Everything that names one sandbox. `record.next_control_secret` is in the row already.
@@ -188,12 +224,12 @@ fn introduction(core: &Core, record: &SandboxRecord, build: &BuildRecord) -> wir
         default_workdir: build.workdir.clone(),
         machine_id: hex::encode(&Sha256::digest(format!("stillbox machine-id {id}"))[..16]),
         boot_id: record.boot_id.clone(),
-        hosts: format!("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 {hostname}\n"),
-        resolv_conf: core.config.nameservers.iter().map(|server| format!("nameserver {server}\n")).collect(),
+        hosts: hosts(&hostname),
+        resolv_conf: resolv_conf(core),
         ca_bundle_pem: None,
         hostname,
         generation: record.generation,
-        entropy: base64::engine::general_purpose::STANDARD.encode(random_bytes::<32>()),
+        entropy: entropy(),
         cpu_count: Some(spec.resources.cpu_count),
         memory_bytes: Some(spec.resources.memory.bytes()),
         events_address: None,

@@ -53,7 +53,8 @@ impl Database {
         Ok(Self { file, jobs: Some(jobs), writer: Some(writer), readers: Arc::default() })
     }
 
-    pub(super) async fn write<T, F>(&self, question: F) -> Result<T, StoreError>
+    /// Queued when this returns; the future only waits for the commit.
+    pub(super) fn write<T, F>(&self, question: F) -> impl Future<Output = Result<T, StoreError>> + Send + 'static + use<T, F>
     where
         T: Send + 'static,
         F: FnOnce(&Db<'_>) -> Result<T, StoreError> + Send + 'static,
@@ -70,7 +71,7 @@ impl Database {
                 let _caller_may_be_gone = answer.send(result);
             })
         }));
-        answered.await.map_err(|_| StoreError::Closed)?
+        async { answered.await.map_err(|_| StoreError::Closed)? }
     }
 
     /// A write that nobody waits for; its failure is logged.

@@ -121,21 +121,13 @@ impl Store {
     }
 
     /// Runs `question` in a write transaction of its own; an error undoes it. When this returns `Ok`, the change
-    /// survives a power cut. Dropping the future does not stop the write.
-    pub async fn write<T, F>(&self, question: F) -> Result<T, StoreError>
+    /// survives a power cut. Writes happen in the order of the calls; dropping the future does not stop the write.
+    pub fn write<T, F>(&self, question: F) -> impl Future<Output = Result<T, StoreError>> + Send + 'static + use<T, F>
     where
         T: Send + 'static,
         F: FnOnce(&Db<'_>) -> Result<T, StoreError> + Send + 'static,
     {
-        self.inner.truth.write(question).await
-    }
-
-    /// [`Store::write`] without waiting; queued before anything that is asked afterwards. A failure is logged.
-    pub fn write_later<F>(&self, question: F)
-    where
-        F: FnOnce(&Db<'_>) -> Result<(), StoreError> + Send + 'static,
-    {
-        self.inner.truth.write_later(question);
+        self.inner.truth.write(question)
     }
 
     /// Runs `question` on a read connection, on a snapshot that holds all writes answered before.

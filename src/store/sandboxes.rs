@@ -190,3 +190,141 @@ pub fn remove_ended_before(db: &Db<'_>, limit: OffsetDateTime) -> Result<Vec<San
     let rows = statement.query_map([micros(limit)], |row| Ok(parsed_in(row, "id")))?;
     rows.map(|row| row?).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{
+        AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxSpec, Secure,
+    };
+    use crate::store::Store;
+    use proptest::prelude::*;
+    use std::time::{Duration, Instant};
+
+    const START: OffsetDateTime = time::macros::datetime!(2026-01-02 03:04:05 UTC);
+
+    fn record(seconds: i64, state: SandboxState, metadata: &[(&str, &str)]) -> SandboxRecord {
+        let at = START + time::Duration::seconds(seconds);
+        SandboxRecord {
+            id: SandboxId::random(),
+            state,
+            spec: SandboxSpec {
+                template: TemplateId::random(),
+                build: BuildId::random(),
+                alias: None,
+                lifecycle: Lifecycle { timeout: Duration::from_secs(300), on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off },
+                resources: Resources { cpu_count: 2, memory: ByteSize::gib(1), disk: ByteSize::gib(20), pids_max: 100 },
+                network: NetworkPolicy::default(),
+                metadata: metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+                env: BTreeMap::new(),
+                secure: Secure::Token,
+            },
+            created_at: at,
+            started_at: at,
+            end_at: at + Duration::from_secs(300),
+            kernel: None,
+            control_secret: "secret".into(),
+            next_control_secret: None,
+            generation: 1,
+            paused: None,
+            snapshot: None,
+            end_reason: None,
+            ended_at: None,
+            boot_id: "boot".into(),
+        }
+    }
+
+    fn all(limit: u32, order: Order) -> PageQuery {
+        let states = vec![SandboxState::Running, SandboxState::Pausing, SandboxState::Paused, SandboxState::Resuming];
+        PageQuery { metadata: BTreeMap::new(), states, order, started_after: None, template: None, limit, after: None }
+    }
+
+    async fn store_with(records: Vec<SandboxRecord>) -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.write(move |db| records.iter().try_for_each(|record| insert(db, record))).await.unwrap();
+        (dir, store)
+    }
+
+    #[tokio::test]
+    async fn a_row_reads_back_as_it_was_written_and_updated() {
+        let mut record = record(0, SandboxState::Creating, &[("a", "b")]);
+        let (_dir, store) = store_with(vec![record.clone()]).await;
+        let id = record.id;
+        assert_eq!(store.read(move |db| by_id(db, id)).await.unwrap(), Some(record.clone()));
+        record.state = SandboxState::Paused;
+        record.paused = Some(crate::model::Keep::Memory);
+        record.snapshot = Some(SnapshotId::random());
+        record.next_control_secret = Some("next".into());
+        let changed = record.clone();
+        store.write(move |db| update(db, &changed)).await.unwrap();
+        assert_eq!(store.read(move |db| by_id(db, id)).await.unwrap(), Some(record));
+    }
+
+    #[tokio::test]
+    async fn a_page_of_ten_thousand_rows_takes_at_most_20_ms() {
+        let states = [SandboxState::Running, SandboxState::Paused, SandboxState::Killed];
+        let rows = (0..10_000i64).map(|n| {
+            let group = (n % 100).to_string();
+            record(n, states[usize::try_from(n % 3).unwrap()], &[("group", &group), ("owner", "me")])
+        });
+        let (_dir, store) = store_with(rows.collect()).await;
+        let filtered = PageQuery { metadata: BTreeMap::from([("group".into(), "7".into())]), ..all(100, Order::Descending) };
+        let rare = PageQuery { metadata: BTreeMap::from([("group".into(), "none".into())]), ..all(100, Order::Ascending) };
+        for query in [all(100, Order::Descending), filtered, rare] {
+            let mut took = Vec::new();
+            for _ in 0..9 {
+                let (begun, query) = (Instant::now(), query.clone());
+                store.read(move |db| page(db, &query)).await.unwrap();
+                took.push(begun.elapsed());
+            }
+            took.sort();
+            assert!(took[4] <= Duration::from_millis(20), "median {:?} for {query:?}", took[4]);
+        }
+    }
+
+    #[tokio::test]
+    async fn ended_rows_are_forgotten_with_their_metadata_and_keys() {
+        let mut ended = record(0, SandboxState::Killed, &[("a", "b")]);
+        ended.ended_at = Some(START);
+        let (id, live) = (ended.id, record(0, SandboxState::Running, &[]));
+        let (_dir, store) = store_with(vec![ended, live]).await;
+        store.write(move |db| crate::store::idempotency::remember(db, "key", "hash", id, START)).await.unwrap();
+        let later = START + Duration::from_secs(1);
+        assert_eq!(store.write(move |db| remove_ended_before(db, START)).await.unwrap(), []);
+        assert_eq!(store.write(move |db| remove_ended_before(db, later)).await.unwrap(), [id]);
+        assert_eq!(store.read(move |db| crate::store::idempotency::seen(db, "key")).await.unwrap(), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn pages_put_together_are_the_whole_list_in_order(
+            seconds in proptest::collection::vec(0i64..8, 0..40),
+            limit in 1u32..9,
+            ascending: bool,
+        ) {
+            let order = if ascending { Order::Ascending } else { Order::Descending };
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let (seen, wanted) = runtime.block_on(async {
+                let records: Vec<_> = seconds.iter().map(|seconds| record(*seconds, SandboxState::Running, &[])).collect();
+                let mut wanted: Vec<_> = records.iter().map(|record| (record.started_at, record.id)).collect();
+                wanted.sort();
+                if !ascending {
+                    wanted.reverse();
+                }
+                let (_dir, store) = store_with(records).await;
+                let (mut seen, mut query) = (Vec::new(), all(limit, order));
+                loop {
+                    let ask = query.clone();
+                    let rows = store.read(move |db| page(db, &ask)).await.unwrap();
+                    let Some(last) = rows.last() else { break };
+                    query.after = Some((last.started_at, last.id));
+                    seen.extend(rows.iter().map(|record| (record.started_at, record.id)));
+                }
+                (seen, wanted)
+            });
+            prop_assert_eq!(seen, wanted);
+        }
+    }
+}

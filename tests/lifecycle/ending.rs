@@ -36,21 +36,21 @@ async fn a_kill_that_fails_in_the_kernel_is_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_kill_during_a_create_wins() {
+async fn a_server_that_closes_finishes_the_create_under_way_and_refuses_the_next() {
     let world = World::new().await;
     let mut gate = world.fake.hold(Verb::Start);
     let (registry, spec) = (world.registry(), world.spec());
     let created = tokio::spawn(async move { registry.create(spec, None).await });
     gate.reached().await;
-    // Nobody knows its id yet but the server itself, which stops.
     let registry = world.registry();
     let closing = tokio::spawn(async move { registry.close().await });
     drop(gate);
     closing.await.unwrap();
-    match created.await.unwrap() {
-        Ok(record) => assert_eq!(world.row(record.id).await.state, SandboxState::Running),
-        Err(error) => assert!(matches!(error, CreateError::Killed(_) | CreateError::ShuttingDown), "{error}"),
-    }
+    let refused = world.registry().create(world.spec(), None).await.unwrap_err();
+    assert!(matches!(refused, CreateError::ShuttingDown), "{refused}");
+    let record = created.await.unwrap().unwrap();
+    assert_eq!(world.row(record.id).await.state, SandboxState::Running);
+    assert_eq!(world.fake.running(), [record.id]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

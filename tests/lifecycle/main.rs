@@ -6,5 +6,6 @@ mod creating;
 mod ending;
 mod listing;
 mod pausing;
+mod restoring;
 mod watching;
 mod world;

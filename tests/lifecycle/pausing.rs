@@ -4,7 +4,7 @@ use stillbox::model::{AutoResume, ByteSize, DumpKey, Keep, OnTimeout, SandboxId,
 use stillbox::runtime::Finding;
 use stillbox::runtime::Runtime;
 use stillbox::runtime::fake::Verb;
-use stillbox::sandbox::{ConnectError, Connected, PauseError, RouteError, SnapshotSync, TokenKind};
+use stillbox::sandbox::{ConnectError, PauseError, RouteError, SnapshotSync, TokenKind};
 use stillbox::store::snapshots;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -329,7 +329,7 @@ async fn a_log_goes_on_after_a_resume_and_starts_anew_after_a_cold_boot() {
     let world = World::new().await;
     let id = world.create().await.id;
     let say = |seq: u64, text: &str| {
-        let line = format!(r#"{{"seq":{seq},"timestamp":"2026-01-01T00:00:00Z","level":"warn","message":"{text}"}}"#);
+        let line = format!(r#"{{"seq":{seq},"timestamp":"2999-01-01T00:00:00Z","level":"warn","message":"{text}"}}"#);
         world.fake.with_agent(id, |agent| agent.log.insert(seq, line)).unwrap();
     };
     say(1, "before");

@@ -15,7 +15,7 @@ fn always() -> std::ops::Range<OffsetDateTime> {
 }
 
 fn say(world: &World, id: SandboxId, seq: u64, message: &str) {
-    let line = format!(r#"{{"seq":{seq},"timestamp":"2026-01-01T00:00:00Z","level":"warn","message":"{message}"}}"#);
+    let line = format!(r#"{{"seq":{seq},"timestamp":"2999-01-01T00:00:00Z","level":"warn","message":"{message}"}}"#);
     world.fake.with_agent(id, |agent| agent.log.insert(seq, line)).unwrap();
 }
 

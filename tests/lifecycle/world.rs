@@ -9,7 +9,7 @@ use stillbox::model::{
     SandboxRecord, SandboxSpec, SandboxState, Secure, TemplateId, TemplateRecord,
 };
 use stillbox::runtime::fake::Fake;
-use stillbox::sandbox::{InstallKey, Registry, SandboxConfig, Seams, SnapshotSync};
+use stillbox::sandbox::{CreateBy, InstallKey, Registry, SandboxConfig, Seams, SnapshotSync};
 use stillbox::store::{Store, sandboxes, templates};
 use time::OffsetDateTime;
 
@@ -102,6 +102,14 @@ impl World {
         }
     }
 
+    /// Changes the row of the build that everything here is created from.
+    pub(crate) async fn change_build(&self, change: impl FnOnce(&mut BuildRecord)) {
+        let id = self.build;
+        let mut build = self.store().read(move |db| templates::build(db, id)).await.unwrap().unwrap();
+        change(&mut build);
+        self.store().write(move |db| templates::update_build(db, &build)).await.unwrap();
+    }
+
     pub(crate) async fn create(&self) -> SandboxRecord {
         self.registry().create(self.spec(), None).await.unwrap()
     }
@@ -167,6 +175,7 @@ fn config(data_dir: PathBuf) -> SandboxConfig {
         agent_ready_max: Duration::from_secs(2),
         snapshots_bytes_max: ByteSize::gib(1),
         paused_kept: Duration::from_secs(30 * 24 * 3600),
+        create_by: CreateBy::ColdStart,
         snapshot_sync: SnapshotSync::Background,
     }
 }

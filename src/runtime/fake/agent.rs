@@ -21,6 +21,10 @@ pub struct FakeAgent {
     pub log: BTreeMap<u64, String>,
     /// Test programs "in memory".
     pub memory: BTreeMap<String, String>,
+    /// Commands that it was asked to run, oldest first.
+    pub commands: Vec<String>,
+    /// How the next commands end; 0 when there is none left.
+    pub exit_codes: Vec<i64>,
     /// Answers nothing while true: an agent that hangs.
     pub hangs: bool,
 }
@@ -113,6 +117,9 @@ impl FakeAgent {
         if request.line.starts_with("GET /health ") {
             return ("204 No Content", String::new());
         }
+        if request.line.starts_with("POST /process.Process/Start ") {
+            return self.run(&request.body);
+        }
         if request.secret != self.control_secret {
             return ("401 Unauthorized", String::new());
         }
@@ -123,6 +130,16 @@ impl FakeAgent {
             Some(cursor) => ("200 OK", self.log.range(cursor + 1..).map(|(_, line)| format!("{line}\n")).collect()),
             None => ("404 Not Found", String::new()),
         }
+    }
+
+    /// Two events of Connect's stream: it started, and it ended.
+    fn run(&mut self, body: &[u8]) -> (&'static str, String) {
+        let message = body.get(5..).and_then(|message| serde_json::from_slice::<serde_json::Value>(message).ok()).unwrap_or_default();
+        self.commands.push(message["process"]["args"][2].as_str().unwrap_or_default().to_owned());
+        let code = self.exit_codes.pop().unwrap_or(0);
+        let events = [r#"{"event":{"start":{"pid":7}}}"#.to_owned(), format!(r#"{{"event":{{"end":{{"exitCode":{code}}}}}}}"#)];
+        let length = |event: &str| String::from_utf8(vec![0, 0, 0, 0, event.len().try_into().unwrap_or(0)]).unwrap_or_default();
+        ("200 OK", events.iter().map(|event| length(event) + event).collect())
     }
 
     fn init(&mut self, body: &[u8]) -> (&'static str, String) {

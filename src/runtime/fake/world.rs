@@ -37,6 +37,8 @@ pub enum Verb {
     SetNetwork,
     /// [`Runtime::sweep`].
     Sweep,
+    /// [`Runtime::filled`].
+    Filled,
 }
 
 /// Holds a verb until it is dropped.
@@ -350,6 +352,10 @@ impl Runtime for Fake {
             agent: "fake-agent".into(),
             inner_address: "10.0.0.2".into(),
         })
+    }
+
+    async fn filled(&self, id: SandboxId) -> Result<(), RuntimeError> {
+        self.pass(Verb::Filled, Some(id)).await
     }
 
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError> {

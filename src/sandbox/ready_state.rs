@@ -1,0 +1,186 @@
+//! The ready state of a build, dumped once so that creates restore it: cold start, start command, ready command, dump.
+//!
+//! Made in the background by the first create that had to start cold (no dump yet, or another kernel, CPU, CRIU or
+//! agent), or ahead of it by [`super::Registry::make_ready`]. The sandbox that it is made of has no row: what a dying
+//! server leaves of it is swept.
+
+use super::agent;
+use super::commands;
+use super::config::CreateBy;
+use super::core::Core;
+use super::dump_folder::DumpFolder;
+use super::error::{Cause, chain};
+use super::pause::sync_later;
+use super::start::{generic_introduction, random_secret};
+use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, ByteSize, DumpKey, Fit, NetworkPolicy, SandboxId, SnapshotId, SnapshotRecord};
+use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, StartFrom, StartRequest};
+use crate::store::{snapshots, templates};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Why a build has no dump of its ready state. Creates from it start cold.
+#[derive(Debug, thiserror::Error)]
+#[error("could not dump the ready state of build {build}")]
+pub struct ReadyStateError {
+    /// The build.
+    pub build: BuildId,
+    /// Why.
+    #[source]
+    source: Cause,
+}
+
+/// How long a build whose dump failed is left alone: what failed will mostly fail again, and costs a cold start.
+const RETRY_AFTER: Duration = Duration::from_secs(300);
+
+/// Builds whose dump is being made, or failed not long ago.
+#[derive(Debug, Default)]
+pub(super) struct Attempts(Mutex<BTreeMap<BuildId, Attempt>>);
+
+#[derive(Debug, Clone, Copy)]
+enum Attempt {
+    UnderWay,
+    FailedAt(Instant),
+}
+
+impl Attempts {
+    /// Whether nobody else makes it; two dumps of one build would only race for the same row.
+    fn begin(&self, build: BuildId) -> bool {
+        let mut attempts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        !matches!(attempts.insert(build, Attempt::UnderWay), Some(Attempt::UnderWay))
+    }
+
+    fn end(&self, build: BuildId, failed: bool) {
+        let mut attempts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match failed {
+            true => attempts.insert(build, Attempt::FailedAt(Instant::now())),
+            false => attempts.remove(&build),
+        };
+    }
+
+    fn failed_lately(&self, build: BuildId) -> bool {
+        let attempts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(attempts.get(&build), Some(Attempt::FailedAt(at)) if at.elapsed() < RETRY_AFTER)
+    }
+}
+
+/// Makes the dump in the background, unless it is being made or failed lately; a failure is logged.
+pub(super) fn make_later(core: &Arc<Core>, build: BuildRecord) {
+    if core.config.create_by == CreateBy::ColdStart || build.source != BuildSource::Recipe || core.ready_states.failed_lately(build.id) {
+        return;
+    }
+    let task_core = Arc::clone(core);
+    core.spawn(async move {
+        if let Err(error) = make(&task_core, build).await {
+            tracing::warn!(error = chain(&error), "Creates from this build start cold");
+        }
+    });
+}
+
+/// Makes sure that creates from the build restore a dump that fits this machine.
+pub(super) async fn ensure(core: &Arc<Core>, id: BuildId) -> Result<(), ReadyStateError> {
+    let failed = |source: Cause| ReadyStateError { build: id, source };
+    let rows = core.store.read(move |db| {
+        let build = templates::build(db, id)?;
+        let dump = build.as_ref().and_then(|build| build.dump).map(|dump| snapshots::by_id(db, dump)).transpose()?.flatten();
+        Ok(build.map(|build| (build, dump)))
+    });
+    let Some((build, dump)) = rows.await.map_err(|error| failed(Arc::new(error)))? else { return Ok(()) };
+    let fits = dump.is_some_and(|dump| dump.key.fit(&core.runtime.dump_key()) == Fit::Same);
+    if fits || core.config.create_by == CreateBy::ColdStart || build.state != BuildState::Ready || build.source != BuildSource::Recipe {
+        return Ok(());
+    }
+    make(core, build).await
+}
+
+async fn make(core: &Arc<Core>, build: BuildRecord) -> Result<(), ReadyStateError> {
+    if !core.ready_states.begin(build.id) {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    let id = SandboxId::random();
+    let made = dump_of(core, id, &build).await;
+    if let Err(error) = core.runtime.destroy(id).await {
+        tracing::error!(sandbox.id = %id, error = chain(&error), "Could not remove the sandbox of a ready state");
+    }
+    core.ready_states.end(build.id, made.is_err());
+    let snapshot = made.map_err(|source| ReadyStateError { build: build.id, source })?;
+    let took_ms = begun.elapsed().as_millis();
+    tracing::info!(build = %build.id, %snapshot, took_ms, "Creates from build {} restore a dump from now on", build.id);
+    Ok(())
+}
+
+async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord) -> Result<SnapshotId, Cause> {
+    let (snapshot, first_secret) = (SnapshotId::random(), random_secret());
+    core.runtime.start(start_request(id, build, first_secret.clone())).await.map_err(cause)?;
+    agent::wait_until_up(&core.runtime, id, core.config.agent_ready_max).await.map_err(cause)?;
+    let secret = match commands::has_any(build) {
+        true => run_commands(core, id, build, first_secret).await?,
+        false => first_secret,
+    };
+    let folder = DumpFolder::of(core, snapshot);
+    folder.make().await.map_err(cause)?;
+    let request = DumpRequest { id, after: AfterDump::KeepRunning, images: folder.images(), disk_copy: Some(folder.disk()) };
+    let dumped = match core.runtime.dump(request).await {
+        Ok(dumped) => dumped,
+        Err(error) => {
+            folder.remove().await;
+            return Err(cause(error));
+        }
+    };
+    folder.put_in_place().await;
+    record(core, snapshot, id, build.id, dumped, secret).await.map_err(cause)?;
+    sync_later(core, snapshot);
+    Ok(snapshot)
+}
+
+fn cause(error: impl std::error::Error + Send + Sync + 'static) -> Cause {
+    Arc::new(error)
+}
+
+fn start_request(id: SandboxId, build: &BuildRecord, control_secret: String) -> StartRequest {
+    StartRequest {
+        id,
+        layers: build.layers.clone(),
+        disk: DiskSource::Fresh,
+        resources: build.resources,
+        network: NetworkPolicy::default(),
+        from: StartFrom::Cold { control_secret },
+    }
+}
+
+/// The agent is told as much as the commands need; each create tells it the rest.
+async fn run_commands(core: &Core, id: SandboxId, build: &BuildRecord, secret: String) -> Result<String, Cause> {
+    let init = generic_introduction(core, id, build);
+    agent::init(&core.runtime, id, [&secret, &init.control_secret], &init, core.config.agent_ready_max).await.map_err(cause)?;
+    commands::run(core, id, build, None).await.map_err(cause)?;
+    Ok(init.control_secret)
+}
+
+/// The dump's row and the build's in one transaction. The dump before is of no use to new creates; it is removed when
+/// those that read it now are done with it (housekeeping.rs).
+async fn record(
+    core: &Core,
+    snapshot: SnapshotId,
+    sandbox: SandboxId,
+    build: BuildId,
+    dumped: Dumped,
+    control_secret: String,
+) -> Result<(), crate::store::StoreError> {
+    let bytes = DumpFolder::of(core, snapshot).bytes().await;
+    let row = SnapshotRecord {
+        id: snapshot,
+        sandbox,
+        key: DumpKey { criu: dumped.criu, agent: dumped.agent, ..core.runtime.dump_key() },
+        control_secret,
+        memory_bytes: ByteSize(dumped.images_bytes),
+        disk_bytes: ByteSize(bytes.saturating_sub(dumped.images_bytes)),
+        created_at: core.clock.now(),
+        synced: false,
+    };
+    let written = core.store.write(move |db| {
+        snapshots::insert(db, &row)?;
+        templates::set_dump(db, build, row.id)
+    });
+    written.await
+}
