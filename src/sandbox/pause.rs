@@ -18,6 +18,7 @@ use crate::model::{ByteSize, DumpKey, Keep, LogLevel, SandboxId, SandboxRecord, 
 use crate::runtime::{AfterDump, DumpRequest, Dumped, Finding, RuntimeError};
 use crate::store::{StoreError, sandboxes, snapshots};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Why a pause did not happen. The sandbox runs on.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +66,9 @@ pub enum PauseError {
     #[error(transparent)]
     Store(#[from] StoreFailure),
 }
+
+/// How long it may take until a dead pid 1 is known to be dead.
+const DEATH_SHOWS_WITHIN: Duration = Duration::from_millis(200);
 
 /// Why a pause or a dump for copies failed; answers everybody who waits.
 #[derive(Debug, Clone)]
@@ -224,11 +228,29 @@ impl Driver {
         };
         let request = DumpRequest { id: self.id, after, images: folder.images(), disk_copy };
         let runtime = Arc::clone(&self.core.runtime);
-        let dumped = self.serve_during(runtime.dump(request)).await;
-        if dumped.is_err() {
-            folder.remove().await;
+        let failed = match self.serve_during(runtime.dump(request)).await {
+            Ok(dumped) => return Ok(dumped),
+            Err(error) => error,
+        };
+        if after == AfterDump::Stop
+            && let Some(dumped) = self.dumped_and_dead(&folder).await
+        {
+            tracing::warn!(sandbox.id = %self.id, error = chain(&failed), "Sandbox {} was dumped, but not cleaned up after", self.id);
+            return Ok(dumped);
         }
-        Ok(dumped?)
+        folder.remove().await;
+        Err(failed.into())
+    }
+
+    /// What failed came after the dump: its tasks are gone, and the images are all there is of them.
+    async fn dumped_and_dead(&mut self, folder: &DumpFolder) -> Option<Dumped> {
+        let dumped = folder.dumped().await?;
+        let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
+        let dead = tokio::time::timeout(DEATH_SHOWS_WITHIN, runtime.exited(id)).await.is_ok();
+        if dead && let Err(error) = self.serve_during(runtime.stop(id)).await {
+            tracing::error!(sandbox.id = %self.id, error = chain(&error), "Could not clean up after the dump of sandbox {}", self.id);
+        }
+        dead.then_some(dumped)
     }
 
     /// The dump failed and the sandbox runs on, as its row says again.

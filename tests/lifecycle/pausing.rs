@@ -131,6 +131,17 @@ async fn a_failed_dump_leaves_it_running_and_open() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_failure_after_the_dump_loses_nothing() {
+    let world = World::new().await;
+    let id = world.create().await.id;
+    world.mark(id, "kept");
+    world.fake.fail_next(Verb::CleanUp, "device or resource busy");
+    world.registry().pause(id, Keep::Memory).await.unwrap();
+    world.registry().connect(id, MINUTE).await.unwrap();
+    assert_eq!(world.marks(id), (Some("kept".into()), "kept".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pause_cuts_what_is_routed_into_it() {
     let world = World::new().await;
     let id = world.create().await.id;

@@ -183,6 +183,7 @@ fn core_config(data_dir: &std::path::Path) -> SandboxConfig {
         agent_ready_max: Duration::from_secs(10),
         snapshots_bytes_max: ByteSize::gib(1),
         paused_kept: Duration::from_secs(86400),
+        create_by: stillbox::sandbox::CreateBy::ColdStart,
         snapshot_sync: SnapshotSync::Background,
     }
 }

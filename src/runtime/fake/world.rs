@@ -39,6 +39,8 @@ pub enum Verb {
     Sweep,
     /// [`Runtime::filled`].
     Filled,
+    /// What [`Runtime::dump`] does after the tasks were ended.
+    CleanUp,
 }
 
 /// Holds a verb until it is dropped.
@@ -313,7 +315,10 @@ impl Runtime for Fake {
         let mark = serde_json::to_vec(&dumped).map_err(|_| failure(id, "the mark cannot be written"))?;
         std::fs::write(request.images.join(DUMPED_FILE), mark).map_err(from_io(id, "marking the images"))?;
         match request.after {
-            AfterDump::Stop => lock(&self.state).end(id, "dumped"),
+            AfterDump::Stop => {
+                lock(&self.state).end(id, "dumped");
+                self.pass(Verb::CleanUp, Some(id)).await?;
+            }
             AfterDump::KeepRunning => {}
         }
         Ok(dumped)
