@@ -117,7 +117,10 @@ pub fn mount_root(plan: &RootPlan) -> Result<OwnedFd, RootError> {
 
 fn mount_disk(plan: &RootPlan, userns: BorrowedFd<'_>) -> Result<(), RootError> {
     let disk = match plan.disk {
-        DiskKind::Image => mount_image(&plan.folder.disk_image())?,
+        DiskKind::Image => {
+            wait_until_detached(&plan.folder.disk_image())?;
+            mount_image(&plan.folder.disk_image())?
+        }
         DiskKind::Folder => {
             let folder = plan.folder.disk_folder();
             clone_mount(&folder).map_err(failed("open", &folder))?
@@ -274,8 +277,11 @@ pub enum DiskNext {
     Removed,
 }
 
-/// Unmounts root and disk of a sandbox whose processes are gone, and waits until the loop device has let go of the
-/// image: only then is the image whole. Succeeds when nothing is mounted.
+/// Unmounts root and disk of a sandbox whose processes are gone. A disk that is kept is flushed, and its loop device has
+/// let go of the image: only then is the image whole. Succeeds when nothing is mounted.
+///
+/// A disk that will be removed is not waited for: a foreign process with a copy of the mount table may keep it for as
+/// long as it likes, and takes only its own time.
 pub fn unmount_root(folder: &SandboxFolder, next: DiskNext) -> Result<(), RootError> {
     let disk_mount = folder.disk_mount();
     let number = loop_number(&disk_mount);
@@ -287,9 +293,9 @@ pub fn unmount_root(folder: &SandboxFolder, next: DiskNext) -> Result<(), RootEr
     for path in [folder.root_mount(), disk_mount] {
         unmount(&path).map_err(failed("unmount", &path))?;
     }
-    match number {
-        Some(number) => wait_until_detached(number, &folder.disk_image()),
-        None => Ok(()),
+    match next {
+        DiskNext::Kept => wait_until_detached(&folder.disk_image()),
+        DiskNext::Removed => Ok(()),
     }
 }
 
@@ -313,9 +319,10 @@ fn unmount(path: &Path) -> io::Result<()> {
     }
 }
 
-fn wait_until_detached(number: u32, image: &Path) -> Result<(), RootError> {
+/// Waits until no loop device has this image: a second one beside it would be a second file system on the same bytes.
+fn wait_until_detached(image: &Path) -> Result<(), RootError> {
     let deadline = Instant::now() + DETACH_TIME_MAX;
-    while loop_device::is_attached(number, image).map_err(failed("look at the loop device of", image))? {
+    while let Some(number) = loop_device::holder_of(image).map_err(failed("look for the loop device of", image))? {
         if Instant::now() > deadline {
             return Err(RootError::StillAttached { number, path: image.to_owned() });
         }

@@ -85,7 +85,7 @@ impl LoopDevice {
 }
 
 /// Whether loop device `number` still has `image` behind it.
-pub fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
+fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
     let image = std::fs::metadata(image)?;
     let node = match File::open(node_path(number)) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENOENT)) => return Ok(false),
@@ -100,6 +100,19 @@ pub fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
         Err(nix::errno::Errno::ENXIO) => Ok(false),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// N of a loop device that has `image` behind it; `None` when there is none or the image does not exist.
+pub fn holder_of(image: &Path) -> io::Result<Option<u32>> {
+    if !image.exists() {
+        return Ok(None);
+    }
+    for (number, _) in below(image)? {
+        if is_attached(number, image)? {
+            return Ok(Some(number));
+        }
+    }
+    Ok(None)
 }
 
 /// The loop devices whose file lies below `folder`, deleted files included: number and file.

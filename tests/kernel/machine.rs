@@ -102,7 +102,7 @@ impl Machine {
         traces.extend(mounts.lines().filter(|line| line.contains(&below)).map(|line| format!("mount {line}")));
         for entry in std::fs::read_dir("/sys/block").unwrap().flatten() {
             let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-            if file.contains(&below) {
+            if file.contains(&below) && !file.contains("(deleted)") {
                 traces.push(format!("loop device {:?} of {file}", entry.file_name()));
             }
         }

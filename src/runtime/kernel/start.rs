@@ -160,7 +160,12 @@ impl Kernel {
         drop(live);
         let dumped = self.helper(&dump).await.map_err(step(id, "dumping its processes"))?;
         match request.after {
-            AfterDump::Stop => self.release(id, DiskNext::Kept).await?,
+            // The dump stands, whatever clings to the disk: the next start waits for that, and says so if in vain.
+            AfterDump::Stop => {
+                if let Err(error) = self.release(id, DiskNext::Kept).await {
+                    tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Dumped sandbox {id} was not released");
+                }
+            }
             AfterDump::KeepRunning => {}
         }
         Ok(dumped)
