@@ -55,6 +55,8 @@ const READY_PER_POOL: u32 = 2;
 /// While there are others, a slot is replaced a little later: making one holds the kernel's network lock, which the
 /// create that took it needs now.
 const REFILL_DELAY: Duration = Duration::from_millis(50);
+/// How often the host's rules are looked after; it takes a run of `nft`, some 5 ms.
+const MEND_INTERVAL: Duration = Duration::from_secs(10);
 /// How long nothing is made ahead of time after that failed.
 const REFILL_PAUSE: Duration = Duration::from_secs(1);
 
@@ -189,11 +191,13 @@ impl Network {
         tokio::spawn(connection);
         let sockets = SocketFactory::start().map_err(step("starting the socket factory"))?;
         let (inner, gateway) = (INNER_ADDRESS, INNER_GATEWAY);
-        let plan = SlotPlan { instance, home, pins, addresses: host.addresses, inner, gateway, mtu: host.mtu };
+        let (addresses, mtu, private_exceptions) = (host.addresses, host.mtu, host.private_exceptions.clone());
+        let plan = SlotPlan { instance, home, pins, addresses, inner, gateway, mtu, private_exceptions };
         let upstreams = Arc::new(Upstreams::new(config.dns_upstreams.clone()));
         let pool = Pool::new(config.slots_max.min(host.addresses.slots()), found);
         let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, pool });
         shared.pool.spawn(Arc::clone(&shared).keep_filled());
+        shared.pool.spawn(Arc::clone(&shared).keep_mended());
         Ok(Self { shared })
     }
 
@@ -421,6 +425,25 @@ impl Shared {
         .await?;
         self.pool.forget(number);
         Ok(())
+    }
+
+    /// Looks after the host's rules until the pool is closed.
+    async fn keep_mended(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                // Cancel-safe: it waits on a value that stays.
+                () = self.pool.closing() => return,
+                // Cancel-safe: a timer.
+                () = tokio::time::sleep(MEND_INTERVAL) => {}
+            }
+            let host = self.host.clone();
+            match tokio::task::spawn_blocking(move || host.mend()).await {
+                Ok(Ok(false)) => {}
+                Ok(Ok(true)) => warn!("Somebody removed network rules of this server; they are back"),
+                Ok(Err(error)) => warn!(error = &error as &dyn std::error::Error, "Could not look after the host's network rules"),
+                Err(error) => warn!(error = &error as &dyn std::error::Error, "Looking after the host's network rules broke off"),
+            }
+        }
     }
 
     /// Makes slots ahead of time until the pool is closed.

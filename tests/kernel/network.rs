@@ -6,7 +6,7 @@ mod world;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use stillbox::model::{EgressTarget, NetworkPolicy, SandboxId};
 use stillbox::runtime::network::{NetworkConfig, NetworkError};
 use stillbox::sys::netns::Netns;
@@ -339,4 +339,25 @@ fn a_forward_chain_of_iptables_lets_sandboxes_through_until_close() {
             assert_eq!(chain(), before);
         });
     }
+}
+
+#[test]
+fn rules_that_somebody_flushes_come_back_and_meanwhile_nothing_opens() {
+    in_own_world(async |world| {
+        let network = world.network("aaaaa").await;
+        let sandbox = world.sandbox(&network, &open()).await;
+        nft("flush ruleset");
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+        for address in [LAN_MACHINE, METADATA] {
+            assert_eq!(sandbox.ask(address).map_err(|error| error.kind()), Err(ErrorKind::ConnectionRefused), "{address}");
+        }
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while sandbox.ask(ONE).ok() != Some(HOST) {
+            assert!(Instant::now() < deadline, "the way out has not come back");
+        }
+        assert!(sandbox.ask(HOST).is_err(), "nor has the host's guard");
+        network.release(sandbox.end()).await.unwrap();
+        network.close().await;
+        assert_eq!(traces("aaaaa", &world.data_dir("aaaaa")), Vec::<String>::new());
+    });
 }

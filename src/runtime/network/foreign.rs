@@ -73,10 +73,7 @@ fn objects(listing: &Value) -> impl Iterator<Item = &Value> {
 /// Puts our accepts at the head of every chain that would drop our packets; replaces those that are there.
 pub(super) fn open(instance: InstanceId) -> io::Result<()> {
     close(instance)?;
-    for chain in chains()?.iter().filter(|chain| chain.forwards_ipv4()) {
-        if chain.policy != "drop" && !ends_in_refusal(chain)? {
-            continue;
-        }
+    for chain in dropping(&chains()?)? {
         match iptables_for(chain) {
             Some(program) => iptables_open(program, instance)?,
             None => nft_open(chain, instance)?,
@@ -86,6 +83,31 @@ pub(super) fn open(instance: InstanceId) -> io::Result<()> {
         iptables_open(program, instance)?;
     }
     Ok(())
+}
+
+/// Whether our accepts are where [`open`] puts them.
+pub(super) fn is_open(instance: InstanceId, chains: &[Chain]) -> io::Result<bool> {
+    for chain in dropping(chains)? {
+        let is_open = match iptables_for(chain) {
+            Some(program) => iptables_is_open(program, instance)?,
+            None => !our_rules(chain, instance)?.is_empty(),
+        };
+        if !is_open {
+            return Ok(false);
+        }
+    }
+    legacy_iptables().map_or(Ok(true), |program| iptables_is_open(program, instance))
+}
+
+/// Those in which our packets would end.
+fn dropping(chains: &[Chain]) -> io::Result<Vec<&Chain>> {
+    let mut dropping = Vec::new();
+    for chain in chains.iter().filter(|chain| chain.forwards_ipv4()) {
+        if chain.policy == "drop" || ends_in_refusal(chain)? {
+            dropping.push(chain);
+        }
+    }
+    Ok(dropping)
 }
 
 /// Takes our accepts away, wherever they are.
@@ -190,6 +212,15 @@ fn iptables_open(program: &str, instance: InstanceId) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn iptables_is_open(program: &str, instance: InstanceId) -> io::Result<bool> {
+    for rule in iptables_rules(instance) {
+        if !iptables(program, "-C", &rule)?.status.success() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Each rule as often as it is there.

@@ -30,6 +30,8 @@ pub(super) struct Host {
     instance: InstanceId,
     pub(super) addresses: AddressPlan,
     pub(super) mtu: u32,
+    /// Private blocks that sandboxes may reach; `None`: all.
+    pub(super) private_exceptions: Option<Vec<Block>>,
     /// Remembers the subnet, since running sandboxes have its addresses.
     subnet_file: PathBuf,
 }
@@ -49,12 +51,38 @@ impl Host {
         let subnet_file = pins.join("subnet");
         let subnet = claim_subnet(config, instance, &subnet_file, leftovers)?;
         let mtu = on_netlink(async |handle| subnet::uplink_mtu(&handle).await).map_err(step("reading the uplink's MTU"))?;
-        let host = Self { instance, addresses: AddressPlan { subnet }, mtu, subnet_file };
-        let private_exceptions = config.deny_private.then_some(exceptions.as_slice());
-        HostRules { instance, subnet, private_exceptions }.transaction().apply().map_err(step("writing the host's nft table"))?;
+        let private_exceptions = config.deny_private.then_some(exceptions);
+        let host = Self { instance, addresses: AddressPlan { subnet }, mtu, private_exceptions, subnet_file };
+        host.rules().transaction().apply().map_err(step("writing the host's nft table"))?;
         turn_forwarding_on(instance)?;
         foreign::open(instance).map_err(step("letting sandboxes through the host's FORWARD chains"))?;
         Ok(host)
+    }
+
+    fn rules(&self) -> HostRules<'_> {
+        let private_exceptions = self.private_exceptions.as_deref();
+        HostRules { instance: self.instance, subnet: self.addresses.subnet, private_exceptions }
+    }
+
+    /// Puts back what others have taken away since: reloading a firewall flushes every table, restarting Docker or ufw
+    /// rewrites FORWARD, `sysctl --system` may turn forwarding off. Says whether anything was missing.
+    pub(super) fn mend(&self) -> Result<bool, NetworkError> {
+        let own = rules::table_name(self.instance);
+        let chains = foreign::chains().map_err(step("reading the host's nft chains"))?;
+        let lacks = |table: &str, name: &str| !chains.iter().any(|chain| chain.table == table && chain.name == name);
+        let (lacks_table, lacks_share) = (lacks(&own, "forward"), lacks(SHARED_TABLE, &own));
+        let lacks_way = !foreign::is_open(self.instance, &chains).map_err(step("reading the host's FORWARD chains"))?;
+        let is_off = !is_forwarding().map_err(step("reading net.ipv4.ip_forward"))?;
+        if lacks_table {
+            self.rules().transaction().apply().map_err(step("writing the host's nft table"))?;
+        }
+        if lacks_share || is_off {
+            turn_forwarding_on(self.instance)?;
+        }
+        if lacks_way {
+            foreign::open(self.instance).map_err(step("letting sandboxes through the host's FORWARD chains"))?;
+        }
+        Ok(lacks_table || lacks_share || lacks_way || is_off)
     }
 
     /// Undoes all of [`Host::open`]. Goes on past failures and returns the first.

@@ -18,6 +18,7 @@ pub(super) struct Pool {
     state: Mutex<State>,
     /// Told when there may be something to make, or nothing any more.
     changed: Notify,
+    closing: watch::Sender<bool>,
     background: Mutex<JoinSet<()>>,
 }
 
@@ -69,7 +70,7 @@ impl Pool {
     pub(super) fn new(limit: u32, found: Vec<u32>) -> Self {
         let found: BTreeSet<u32> = found.into_iter().collect();
         let state = State { used: found.clone(), found, ..State::default() };
-        Self { limit, state: Mutex::new(state), changed: Notify::new(), background: Mutex::new(JoinSet::new()) }
+        Self { limit, state: Mutex::new(state), changed: Notify::new(), closing: watch::Sender::new(false), background: Mutex::new(JoinSet::new()) }
     }
 
     /// Runs something that [`Pool::close`] waits for.
@@ -106,6 +107,13 @@ impl Pool {
             }
             self.changed.notified().await;
         }
+    }
+
+    /// Resolves when the pool is being closed. Cancel-safe.
+    pub(super) async fn closing(&self) {
+        let mut closing = self.closing.subscribe();
+        // The sender lives as long as the pool: there is always an answer.
+        drop(closing.wait_for(|is_closing| *is_closing).await);
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -159,6 +167,7 @@ impl Pool {
     /// Waits for everything in the background, then hands out what is ready and what is lent; the latter stays in use.
     pub(super) async fn close(&self) -> (Vec<Slot>, Vec<Lent>) {
         lock(&self.state).is_closed = true;
+        self.closing.send_replace(true);
         self.changed.notify_one();
         let mut background = std::mem::take(&mut *lock(&self.background));
         while background.join_next().await.is_some() {}

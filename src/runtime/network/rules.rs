@@ -141,20 +141,14 @@ impl HostRules<'_> {
     }
 
     fn forward(&self, table: &mut Transaction, ours: &str) {
-        table.address_set("never", NEVER.map(|(address, prefix)| nft::block(address, prefix)).to_vec());
+        keep_in_reach(table, self.private_exceptions);
         table.chain("outbound");
         table.rule("outbound", vec![nft::is_no_ipv4(), drop()]);
         table.rule("outbound", vec![is_not(source(), nft::block(self.subnet.address, self.subnet.prefix)), drop()]);
         table.rule("outbound", vec![nft::belongs_to_connection(), accept()]);
         // Slots of this instance and of every other one.
         table.rule("outbound", vec![goes_to("sb*"), goto("refuse")]);
-        table.rule("outbound", vec![is(destination(), in_set("never")), goto("refuse")]);
-        if let Some(exceptions) = self.private_exceptions {
-            table.address_set("private", PRIVATE.map(|(address, prefix)| nft::block(address, prefix)).to_vec());
-            table.address_set("reachable", ranges(exceptions));
-            table.rule("outbound", vec![is(destination(), in_set("reachable")), accept()]);
-            table.rule("outbound", vec![is(destination(), in_set("private")), goto("refuse")]);
-        }
+        table.rule("outbound", vec![jump("reach")]);
         table.rule("outbound", vec![accept()]);
         table.chain("inbound");
         table.rule("inbound", vec![nft::belongs_to_connection(), accept()]);
@@ -177,6 +171,8 @@ pub(super) struct SlotRules<'a> {
     pub(super) gateway: Ipv4Addr,
     /// The slot's name on the link to the sandbox.
     pub(super) inner_link: &'a str,
+    /// As in [`HostRules`]: kept here as well, in case somebody flushes the host's rules.
+    pub(super) private_exceptions: Option<&'a [Block]>,
 }
 
 impl SlotRules<'_> {
@@ -184,6 +180,7 @@ impl SlotRules<'_> {
     pub(super) fn transaction(&self) -> Transaction {
         let mut table = Transaction::anew(&table_name(self.instance));
         refusal(&mut table);
+        keep_in_reach(&mut table, self.private_exceptions);
         self.forward(&mut table);
         self.input(&mut table);
         table.chain("redirects");
@@ -209,7 +206,11 @@ impl SlotRules<'_> {
         // A new policy holds for new connections; those that are open go on.
         table.rule("forward", vec![self.comes_from_sandbox(), nft::belongs_to_connection(), accept()]);
         table.rule("forward", vec![self.comes_from_sandbox(), nft::opens_connection(), nft::connections_over(CONNECTIONS_MAX), drop()]);
+        table.rule("forward", vec![self.comes_from_sandbox(), jump("reach")]);
         table.rule("forward", vec![self.comes_from_sandbox(), goes_to(SLOT_OUTER_LINK), goto("egress")]);
+        // What the gate connects to for the sandbox.
+        table.base_chain("output", filter(NfHook::Output, NfChainPolicy::Accept));
+        table.rule("output", vec![goes_to(SLOT_OUTER_LINK), jump("reach")]);
     }
 
     fn input(&self, table: &mut Transaction) {
@@ -314,6 +315,19 @@ fn redirect_allowed(table: &mut Transaction, egress: Egress) {
 /// Whether names decide: then questions are filtered and the gate is in the way.
 pub(super) fn has_domains(policy: &NetworkPolicy) -> bool {
     policy.allow_out.iter().any(|target| matches!(target, EgressTarget::Domain(_)))
+}
+
+/// The chain `reach`: refuses destinations that are nobody's business in a sandbox and returns for the others.
+fn keep_in_reach(table: &mut Transaction, private_exceptions: Option<&[Block]>) {
+    table.chain("reach");
+    table.address_set("never", NEVER.map(|(address, prefix)| nft::block(address, prefix)).to_vec());
+    table.rule("reach", vec![is(destination(), in_set("never")), goto("refuse")]);
+    if let Some(exceptions) = private_exceptions {
+        table.address_set("private", PRIVATE.map(|(address, prefix)| nft::block(address, prefix)).to_vec());
+        table.address_set("reachable", ranges(exceptions));
+        let is_unreachable = is_not(destination(), in_set("reachable"));
+        table.rule("reach", vec![is(destination(), in_set("private")), is_unreachable, goto("refuse")]);
+    }
 }
 
 fn refusal(table: &mut Transaction) {

@@ -2,7 +2,7 @@
 
 use super::inner::SLOT_INNER_LINK;
 use super::links::{self, VethEnd};
-use super::rules::{self, SLOT_OUTER_LINK, SlotRules};
+use super::rules::{self, Block, SLOT_OUTER_LINK, SlotRules};
 use super::subnet::AddressPlan;
 use crate::model::{InstanceId, NetworkPolicy, SandboxId};
 use crate::sys::conntrack;
@@ -32,6 +32,8 @@ pub(super) struct SlotPlan {
     pub(super) inner: Ipv4Addr,
     pub(super) gateway: Ipv4Addr,
     pub(super) mtu: u32,
+    /// As in [`rules::HostRules`].
+    pub(super) private_exceptions: Option<Vec<Block>>,
 }
 
 impl SlotPlan {
@@ -137,8 +139,14 @@ pub(super) fn on_netlink<T>(work: impl AsyncFnOnce(Handle) -> io::Result<T>) -> 
     runtime.block_on(work(handle))
 }
 
-fn slot_rules(plan: &SlotPlan) -> SlotRules<'static> {
-    SlotRules { instance: plan.instance, inner: plan.inner, gateway: plan.gateway, inner_link: SLOT_INNER_LINK.0 }
+fn slot_rules(plan: &SlotPlan) -> SlotRules<'_> {
+    SlotRules {
+        instance: plan.instance,
+        inner: plan.inner,
+        gateway: plan.gateway,
+        inner_link: SLOT_INNER_LINK.0,
+        private_exceptions: plan.private_exceptions.as_deref(),
+    }
 }
 
 async fn link_inside(plan: &SlotPlan, number: u32, name: &str, inside: &Handle) -> io::Result<()> {

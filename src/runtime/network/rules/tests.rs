@@ -10,7 +10,8 @@ fn instance() -> InstanceId {
 }
 
 fn slot() -> SlotRules<'static> {
-    SlotRules { instance: instance(), inner: Ipv4Addr::new(10, 254, 0, 2), gateway: Ipv4Addr::new(10, 254, 0, 1), inner_link: SLOT_INNER_LINK.0 }
+    let (inner, gateway) = (Ipv4Addr::new(10, 254, 0, 2), Ipv4Addr::new(10, 254, 0, 1));
+    SlotRules { instance: instance(), inner, gateway, inner_link: SLOT_INNER_LINK.0, private_exceptions: Some(&[]) }
 }
 
 fn policy(allow: &[&str], deny: &[&str]) -> NetworkPolicy {
