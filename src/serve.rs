@@ -5,6 +5,7 @@
 
 use crate::api::{self, ApiConfig, ApiState};
 use crate::config::{ApiKey, Config, Listen, LogFormat};
+use crate::model::BuildId;
 use crate::proxy::{self, Proxy, ProxyConfig, tls};
 use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{info, warn};
 
 /// Why the server did not start. One line, with the next step.
 #[derive(Debug, thiserror::Error)]
@@ -95,12 +96,13 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     let key = api_key(&config)?;
     let tls = certificates(&config, &install.instance.to_string())?;
     let templates = Templates::open(config.template.clone(), store.clone());
-    templates.ensure_built_in("base", |line| info!("Template base: {line}")).await?;
+    let base = templates.ensure_built_in("base", |line| info!("Template base: {line}")).await?;
     let kernel = Kernel::open(config.runtime.clone(), install.instance).await?;
     config.sandbox.nameservers = kernel.nameservers();
     let runtime: Arc<dyn Runtime> = Arc::new(kernel);
     let token_key = InstallKey::from_bytes(install.key);
     let registry = Registry::open_with(config.sandbox.clone(), token_key, store, Arc::clone(&runtime), seams(&config)).await?;
+    tokio::spawn(make_ready(registry.clone(), base.build.id));
     let (stop, stopped) = watch::channel(false);
     let servers = spawn_listeners(&config, bound, tls, &registry, &templates, key, &stopped)?;
     info!(
@@ -133,6 +135,13 @@ fn seams(config: &Config) -> Seams {
     seams
 }
 
+/// So that the first create is a restore already; until then creates are cold starts.
+async fn make_ready(registry: Registry, build: BuildId) {
+    if let Err(error) = registry.make_ready(build).await {
+        warn!(error = &error as &dyn std::error::Error, "Template base has no dump yet; its sandboxes start cold");
+    }
+}
+
 fn start_logging(config: &Config) {
     let filter = tracing_subscriber::EnvFilter::new(&config.log);
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
@@ -159,7 +168,8 @@ fn spawn_listeners(
     key: ApiKey,
     stopped: &watch::Receiver<bool>,
 ) -> Result<Vec<tokio::task::JoinHandle<()>>, ServeError> {
-    let api_config = ApiConfig { keys: vec![key.0], domain: config.domain.clone(), timeout_max: config.sandbox.timeout_max, ..config.api.clone() };
+    let api_config =
+        ApiConfig { keys: vec![key.0], domain: config.domain.clone(), timeout_max: config.sandbox.timeout_max, ..config.api.clone() };
     let control = api::router(ApiState::new(registry.clone(), templates.clone(), api_config));
     let proxy = Proxy::new(ProxyConfig { domain: config.domain.clone(), ..config.proxy.clone() }, Arc::new(registry.clone()));
     let plain = bound.plain.into_iter().map(|listener| (listener, None));
@@ -216,11 +226,7 @@ fn bind_all(listen: &Listen, key: &'static str) -> Result<Vec<TcpListener>, Serv
 
 /// Makes the data folder, readable by its owner only: dumps hold secrets.
 fn make_data_dir(path: &Path) -> Result<(), ServeError> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| ServeError::DataDir { path: path.to_owned(), source })
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| ServeError::DataDir { path: path.to_owned(), source })
 }
 
 /// The configured key, else the one in the data folder, else a new one: `e2b_` and 40 hex digits, which the E2B SDKs'

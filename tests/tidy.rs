@@ -408,7 +408,7 @@ fn check(endings: &[&str], folders: &[&str], rule: fn(&str, &str) -> Vec<Finding
     let mut findings = Vec::new();
     let mut read = 0;
     for path in folders.iter().flat_map(|folder| files(&root().join(folder), endings)) {
-        let name = path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
+        let name = path.strip_prefix(root()).expect("sources are below the root").to_string_lossy().into_owned();
         if let Ok(text) = fs::read_to_string(&path) {
             read += 1;
             findings.extend(rule(&name, &text));

@@ -83,7 +83,10 @@ mod tests {
 
     #[test]
     fn malformed_json_is_refused_with_its_place() {
-        assert_eq!(refused("{\"timeout\": 1,\n  oops}"), "the request body is no valid JSON for this call: key must be a string at line 2 column 3");
+        assert_eq!(
+            refused("{\"timeout\": 1,\n  oops}"),
+            "the request body is no valid JSON for this call: key must be a string at line 2 column 3"
+        );
         assert!(refused("").ends_with("EOF while parsing a value at line 1 column 0"));
         assert!(refused(r#"{"timeout":1,"metadata":{}} x"#).ends_with("trailing characters at line 1 column 29"));
     }

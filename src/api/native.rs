@@ -53,10 +53,8 @@ async fn inside(State(state): State<ApiState>, Path(id): Path<String>) -> Result
 /// What would keep a sandbox from being paused now; an empty list when nothing would.
 async fn findings(State(state): State<ApiState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
     let findings = state.registry.explain(parsed(&id)?).await?;
-    let findings: Vec<Value> = findings
-        .into_iter()
-        .map(|finding| json!({ "pid": finding.pid, "command": finding.command, "reason": finding.reason }))
-        .collect();
+    let findings: Vec<Value> =
+        findings.into_iter().map(|finding| json!({ "pid": finding.pid, "command": finding.command, "reason": finding.reason })).collect();
     Ok(Json(json!({ "findings": findings })))
 }
 

@@ -116,13 +116,7 @@ impl Client {
     }
 
     /// POST into a sandbox's agent through the proxy; the body is handed over as it arrives.
-    pub fn post_agent(
-        &self,
-        sandbox: &Target,
-        path: &str,
-        content_type: &str,
-        body: &[u8],
-    ) -> Result<ureq::Body, ClientError> {
+    pub fn post_agent(&self, sandbox: &Target, path: &str, content_type: &str, body: &[u8]) -> Result<ureq::Body, ClientError> {
         let url = format!("{}{path}", self.base);
         let request = sandbox.addressed(self.agent.post(&url)).header("Connect-Protocol-Version", "1").content_type(content_type);
         self.accepted(&url, request.send(body))

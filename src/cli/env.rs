@@ -33,12 +33,10 @@ fn e2b(config: &Config) -> Result<Vec<(&'static str, String)>, ClientError> {
     let key_file = config.data_dir.join("api_key");
     let key = match &config.api_key {
         Some(key) => key.0.clone(),
-        None => std::fs::read_to_string(&key_file)
-            .map_err(|source| ClientError::NoKey { path: key_file, source })?
-            .trim()
-            .to_owned(),
+        None => std::fs::read_to_string(&key_file).map_err(|source| ClientError::NoKey { path: key_file, source })?.trim().to_owned(),
     };
-    let is_e2b_form = key.strip_prefix("e2b_").is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+    let is_e2b_form =
+        key.strip_prefix("e2b_").is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
     let bundle = config.data_dir.join("tls/bundle.pem").display().to_string();
     let ca = config.data_dir.join("tls/ca.pem").display().to_string();
     let base = base_url(config);

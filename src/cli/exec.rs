@@ -161,10 +161,7 @@ fn forward_stdin(client: &Client, target: &Arc<Target>, pid: u64) {
         while let Ok(count) = io::stdin().read(&mut chunk) {
             let (path, body) = match count {
                 0 => ("/process.Process/CloseStdin", json!({ "process": select })),
-                _ => (
-                    "/process.Process/SendInput",
-                    json!({ "process": select, "input": { "stdin": STANDARD.encode(&chunk[..count]) } }),
-                ),
+                _ => ("/process.Process/SendInput", json!({ "process": select, "input": { "stdin": STANDARD.encode(&chunk[..count]) } })),
             };
             let sent = client.post_agent(&target, path, "application/json", body.to_string().as_bytes());
             if sent.is_err() || count == 0 {

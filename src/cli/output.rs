@@ -1,5 +1,13 @@
 //! Tables for people, JSON for programs.
 
+/// `--json`, on everything that lists or shows.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct Form {
+    /// Print JSON
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
 /// Columns wide enough for their longest cell, two spaces between.
 pub(super) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();

@@ -1,7 +1,7 @@
 //! `stillbox sandbox …`
 
 use super::client::{Client, Target};
-use super::output::{harmless, table};
+use super::output::{Form, harmless, table};
 use super::{Outcome, exec};
 use crate::config::Config;
 use clap::{Args, Subcommand};
@@ -17,9 +17,8 @@ pub(super) enum SandboxCommand {
         /// Only this state: running or paused
         #[arg(long)]
         state: Option<String>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        form: Form,
     },
     /// Create a sandbox and print its id
     Create(CreateArguments),
@@ -29,9 +28,8 @@ pub(super) enum SandboxCommand {
     Info {
         /// The sandbox
         id: String,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        form: Form,
     },
     /// Stop a sandbox's time: memory, processes and files are kept
     Pause {
@@ -69,9 +67,8 @@ pub(super) enum SandboxCommand {
     Metrics {
         /// The sandbox
         id: String,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        form: Form,
     },
     /// End sandboxes and remove their files
     Kill {
@@ -128,14 +125,14 @@ struct Sandbox {
 pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
     let client = Client::new(config)?;
     match command {
-        SandboxCommand::Ls { state, json } => list(&client, state.as_deref(), json),
+        SandboxCommand::Ls { state, form } => list(&client, state.as_deref(), form),
         SandboxCommand::Create(arguments) => create(&client, &arguments),
         SandboxCommand::Exec(arguments) => {
             let token = token_of(&client, &arguments.id)?;
             let target = Target { id: arguments.id.clone(), token, user: arguments.user.clone() };
             exec::run(&client, &target, &arguments)
         }
-        SandboxCommand::Info { id, json } => info(&client, &id, json),
+        SandboxCommand::Info { id, form } => info(&client, &id, form),
         SandboxCommand::Pause { id, files_only } => {
             client.post_empty(&call(&id, "/pause"), &serde_json::json!({ "memory": !files_only }))?;
             println!("{id}");
@@ -148,8 +145,9 @@ pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
         }
         SandboxCommand::Fork { id, count, timeout } => fork(&client, &id, count, timeout),
         SandboxCommand::Explain { id } => explain(&client, &id),
-        SandboxCommand::Metrics { id, json } => metrics(&client, &id, json),
-        SandboxCommand::Kill { ids, all } => kill(&client, ids, all),
+        SandboxCommand::Metrics { id, form } => metrics(&client, &id, form),
+        SandboxCommand::Kill { ids, all: false } => kill(&client, ids),
+        SandboxCommand::Kill { all: true, .. } => kill(&client, all_ids(&client)?),
     }
 }
 
@@ -168,10 +166,10 @@ pub(super) fn segment(text: &str) -> String {
     percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
 }
 
-fn list(client: &Client, state: Option<&str>, json: bool) -> Outcome {
+fn list(client: &Client, state: Option<&str>, form: Form) -> Outcome {
     let query = state.map(|state| format!("?state={}", segment(state))).unwrap_or_default();
     let rows: Vec<serde_json::Value> = client.get(&format!("/v2/sandboxes{query}"))?;
-    if json {
+    if form.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(ExitCode::SUCCESS);
     }
@@ -244,14 +242,15 @@ fn explain(client: &Client, id: &str) -> Outcome {
         println!("nothing keeps {id} from being paused");
         return Ok(ExitCode::SUCCESS);
     }
-    let rows = found.findings.into_iter().map(|finding| vec![finding.pid.to_string(), harmless(&finding.command), harmless(&finding.reason)]);
+    let rows =
+        found.findings.into_iter().map(|finding| vec![finding.pid.to_string(), harmless(&finding.command), harmless(&finding.reason)]);
     println!("{}", table(&["PID", "COMMAND", "REASON"], &rows.collect::<Vec<_>>()));
     Ok(ExitCode::FAILURE)
 }
 
-fn metrics(client: &Client, id: &str, json: bool) -> Outcome {
+fn metrics(client: &Client, id: &str, form: Form) -> Outcome {
     let points: Vec<serde_json::Value> = client.get(&call(id, "/metrics"))?;
-    if json {
+    if form.json {
         println!("{}", serde_json::to_string_pretty(&points)?);
         return Ok(ExitCode::SUCCESS);
     }
@@ -268,10 +267,10 @@ fn metrics(client: &Client, id: &str, json: bool) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn info(client: &Client, id: &str, json: bool) -> Outcome {
+fn info(client: &Client, id: &str, form: Form) -> Outcome {
     let mut value: serde_json::Value = client.get(&call(id, ""))?;
     let inside: serde_json::Value = client.get(&format!("/stillbox/sandboxes/{}", segment(id)))?;
-    if json {
+    if form.json {
         value["stillbox"] = inside;
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(ExitCode::SUCCESS);
@@ -298,12 +297,11 @@ fn info(client: &Client, id: &str, json: bool) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn kill(client: &Client, ids: Vec<String>, all: bool) -> Outcome {
-    let ids = if all {
-        client.get::<Vec<Sandbox>>("/v2/sandboxes")?.into_iter().map(|sandbox| sandbox.sandbox_id).collect()
-    } else {
-        ids
-    };
+fn all_ids(client: &Client) -> Result<Vec<String>, super::ClientError> {
+    Ok(client.get::<Vec<Sandbox>>("/v2/sandboxes")?.into_iter().map(|sandbox| sandbox.sandbox_id).collect())
+}
+
+fn kill(client: &Client, ids: Vec<String>) -> Outcome {
     let mut code = ExitCode::SUCCESS;
     for id in ids {
         match client.delete(&format!("/sandboxes/{}", segment(&id))) {

@@ -3,7 +3,7 @@
 
 use super::Outcome;
 use super::client::Client;
-use super::output::{harmless, table};
+use super::output::{Form, harmless, table};
 use crate::config::Config;
 use crate::model::ByteSize;
 use crate::template::{Manifest, Recipe, archive, bootstrap};
@@ -17,9 +17,8 @@ pub(super) enum TemplateCommand {
     /// List templates
     #[command(visible_alias = "list")]
     Ls {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        form: Form,
     },
     /// Make a built-in template ready in the data folder, from the cache or from Debian's packages
     Build {
@@ -59,7 +58,7 @@ struct Template {
 
 pub(super) fn run(config: &Config, command: TemplateCommand) -> Outcome {
     match command {
-        TemplateCommand::Ls { json } => list(&Client::new(config)?, json),
+        TemplateCommand::Ls { form } => list(&Client::new(config)?, form),
         TemplateCommand::Build { name } => {
             made(config, &name)?;
             Ok(ExitCode::SUCCESS)
@@ -83,9 +82,9 @@ fn made(config: &Config, name: &str) -> Result<Manifest, Box<dyn std::error::Err
     Ok(bootstrap::ensure(&recipe, &config.template, &|line: &str| eprintln!("template: {line}"))?)
 }
 
-fn list(client: &Client, json: bool) -> Outcome {
+fn list(client: &Client, form: Form) -> Outcome {
     let rows: Vec<serde_json::Value> = client.get("/templates")?;
-    if json {
+    if form.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(ExitCode::SUCCESS);
     }

@@ -110,7 +110,9 @@ fn domain(value: &Value) -> Result<String, String> {
     let (name, port) = text.rsplit_once(':').map_or((text.as_str(), None), |(name, port)| (name, Some(port)));
     let is_label = |l: &str| !l.is_empty() && l.len() <= 63 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     if name.split('.').count() < 2 || !name.split('.').all(is_label) || port.is_some_and(|p| p.parse::<u16>().is_err()) {
-        return Err(format!("'{text}' is not a domain of two labels or more with an optional :port, such as stillbox.localhost:3443 (TLS clients refuse wildcards below one label)"));
+        return Err(format!(
+            "'{text}' is not a domain of two labels or more with an optional :port, such as stillbox.localhost:3443 (TLS clients refuse wildcards below one label)"
+        ));
     }
     Ok(text)
 }
@@ -118,7 +120,11 @@ fn domain(value: &Value) -> Result<String, String> {
 fn api_key(value: &Value) -> Result<ApiKey, String> {
     let text = value.text()?;
     let is_good = text.len() >= 16 && text.len() <= 256 && text.bytes().all(|b| b.is_ascii_graphic());
-    if is_good { Ok(ApiKey(text)) } else { Err("an API key has 16 to 256 printable ASCII characters; E2B's older SDKs want e2b_ and hex digits".to_owned()) }
+    if is_good {
+        Ok(ApiKey(text))
+    } else {
+        Err("an API key has 16 to 256 printable ASCII characters; E2B's older SDKs want e2b_ and hex digits".to_owned())
+    }
 }
 
 fn log_filter(value: &Value) -> Result<String, String> {
@@ -164,7 +170,7 @@ fn disk_driver(value: &Value) -> Result<DiskDriver, String> {
 /// Ranges are 65536 ids each and must not share one with a range of somebody else's.
 fn uid_first(value: &Value) -> Result<u32, String> {
     let first: u32 = value.whole(65_536, 0xffff_0000)?;
-    if first % 65_536 == 0 { Ok(first) } else { Err(format!("{first} is not a multiple of 65536")) }
+    if first.is_multiple_of(65_536) { Ok(first) } else { Err(format!("{first} is not a multiple of 65536")) }
 }
 
 fn blocks(value: &Value) -> Result<Vec<String>, String> {
@@ -194,7 +200,11 @@ fn snapshot_sync(value: &Value) -> Result<SnapshotSync, String> {
 fn mirror(value: &Value) -> Result<String, String> {
     let text = value.text()?;
     let is_uri = ["http://", "https://", "file:/"].iter().any(|scheme| text.starts_with(scheme));
-    if is_uri && text.bytes().all(|b| b.is_ascii_graphic()) { Ok(text) } else { Err(format!("'{text}' is not the address of a mirror, such as http://mirror.example/debian")) }
+    if is_uri && text.bytes().all(|b| b.is_ascii_graphic()) {
+        Ok(text)
+    } else {
+        Err(format!("'{text}' is not the address of a mirror, such as http://mirror.example/debian"))
+    }
 }
 
 fn at_least_mib(value: &Value, least: u64) -> Result<crate::model::ByteSize, String> {

@@ -9,8 +9,8 @@ mod value;
 pub use value::Listen;
 
 use crate::api::ApiConfig;
-use crate::model::Resources;
 use crate::model::ByteSize;
+use crate::model::Resources;
 use crate::proxy::ProxyConfig;
 use crate::runtime::config::RuntimeConfig;
 use crate::sandbox::{CreateBy, Failpoints, SandboxConfig, SnapshotSync};
@@ -164,8 +164,17 @@ impl Sources {
 const PREFIX: &str = "STILLBOX_";
 /// Variables of ours that are no configuration keys: the file's path, the client's address, what builds and tests of this repo read.
 const NOT_KEYS: [&str; 11] = [
-    "STILLBOX_CONFIG", "STILLBOX_URL", "STILLBOX_AGENT_BIN", "STILLBOX_CRIU_BIN", "STILLBOX_FAILPOINT", "STILLBOX_TEST_BASE",
-    "STILLBOX_CRIU_TARBALL", "STILLBOX_CRIU_TARBALL_SHA256", "STILLBOX_CRIU_REFRESH", "STILLBOX_VM_INNER", "STILLBOX_VM_BOOT_SECONDS",
+    "STILLBOX_CONFIG",
+    "STILLBOX_URL",
+    "STILLBOX_AGENT_BIN",
+    "STILLBOX_CRIU_BIN",
+    "STILLBOX_FAILPOINT",
+    "STILLBOX_TEST_BASE",
+    "STILLBOX_CRIU_TARBALL",
+    "STILLBOX_CRIU_TARBALL_SHA256",
+    "STILLBOX_CRIU_REFRESH",
+    "STILLBOX_VM_INNER",
+    "STILLBOX_VM_BOOT_SECONDS",
 ];
 
 impl Config {

@@ -91,10 +91,7 @@ impl Listen {
     /// Both loopback addresses.
     pub fn loopback(port: u16) -> Self {
         Self {
-            addresses: vec![
-                SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port),
-                SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port),
-            ],
+            addresses: vec![SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port), SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port)],
         }
     }
 

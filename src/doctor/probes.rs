@@ -59,9 +59,8 @@ fn version_of(release: &str) -> Option<(u32, u32)> {
 
 /// Makes all seven namespaces of a sandbox once, in a process of its own.
 fn namespaces(_: &Config) -> Verdict {
-    let made = Command::new("unshare")
-        .args(["--user", "--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net", "--fork", "true"])
-        .output();
+    let made =
+        Command::new("unshare").args(["--user", "--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net", "--fork", "true"]).output();
     match made {
         Ok(output) if output.status.success() => Fine("user, pid, mount, uts, ipc, cgroup and net can be made".into()),
         Ok(output) => Fix(format!(
@@ -159,7 +158,9 @@ fn port(listen: &Listen, key: &str, config: &Config) -> Verdict {
         match TcpListener::bind(address) {
             Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable && address.is_ipv6() => {
-                return Note(format!("{address}: this machine has no IPv6 loopback; clients that resolve to ::1 first will retry on 127.0.0.1"));
+                return Note(format!(
+                    "{address}: this machine has no IPv6 loopback; clients that resolve to ::1 first will retry on 127.0.0.1"
+                ));
             }
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
                 return match holder(&config.data_dir) {

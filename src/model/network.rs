@@ -59,7 +59,8 @@ impl FromStr for EgressTarget {
         let is_label = |label: &str| {
             !label.is_empty() && label.len() <= 63 && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         };
-        let is_name = name.len() <= 253 && name.contains('.') && name.split('.').all(is_label) && !name.ends_with(|c: char| c.is_ascii_digit());
+        let is_name =
+            name.len() <= 253 && name.contains('.') && name.split('.').all(is_label) && !name.ends_with(|c: char| c.is_ascii_digit());
         is_name.then(|| Self::Domain(text.to_ascii_lowercase())).ok_or_else(wrong)
     }
 }

@@ -36,16 +36,8 @@ pub enum SandboxState {
 
 impl SandboxState {
     /// Every state, in the order of the diagram.
-    pub const ALL: [Self; 8] = [
-        Self::Creating,
-        Self::Running,
-        Self::Pausing,
-        Self::Paused,
-        Self::Resuming,
-        Self::Killing,
-        Self::Killed,
-        Self::Failed,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Creating, Self::Running, Self::Pausing, Self::Paused, Self::Resuming, Self::Killing, Self::Killed, Self::Failed];
 
     /// The word in rows, logs and error messages.
     pub const fn as_str(self) -> &'static str {

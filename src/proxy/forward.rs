@@ -25,7 +25,8 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 
 /// A server that was just started may need a moment before it listens: E2B's waits between attempts.
-const DIAL_WAITS: [Duration; 4] = [Duration::from_millis(100), Duration::from_millis(200), Duration::from_millis(300), Duration::from_millis(400)];
+const DIAL_WAITS: [Duration; 4] =
+    [Duration::from_millis(100), Duration::from_millis(200), Duration::from_millis(300), Duration::from_millis(400)];
 /// One attempt. Inside one machine only a full backlog is slow.
 const DIAL_MAX: Duration = Duration::from_secs(5);
 
@@ -113,7 +114,12 @@ impl Body for ProxyBody {
 
 /// Sends the request to `target` through `door` and answers with the head of the sandbox's answer, its body to follow.
 /// Dropping the future closes the connection into the sandbox.
-pub(super) async fn forward(pool: &Arc<Pool>, door: &Arc<dyn Door>, target: &Target, request: Request<Incoming>) -> Result<Response<ProxyBody>, Refusal> {
+pub(super) async fn forward(
+    pool: &Arc<Pool>,
+    door: &Arc<dyn Door>,
+    target: &Target,
+    request: Request<Incoming>,
+) -> Result<Response<ProxyBody>, Refusal> {
     let key = (door.id(), target.port);
     let upgrade = requested_upgrade(request.headers());
     let mut request = rewritten(request, door.as_ref(), target.port);
@@ -135,7 +141,12 @@ pub(super) async fn forward(pool: &Arc<Pool>, door: &Arc<dyn Door>, target: &Tar
     }
 }
 
-async fn send(pool: &Arc<Pool>, door: &Arc<dyn Door>, key: Key, mut request: Request<Incoming>) -> Result<(Response<Incoming>, Connection), Refusal> {
+async fn send(
+    pool: &Arc<Pool>,
+    door: &Arc<dyn Door>,
+    key: Key,
+    mut request: Request<Incoming>,
+) -> Result<(Response<Incoming>, Connection), Refusal> {
     if let Some(mut connection) = pool.take(key) {
         let severed = connection.severed();
         match connection.sender.try_send_request(request).await {

@@ -42,15 +42,19 @@ impl Holds {
 }
 
 /// Whether traffic without the traffic token may pass. envd has a token of its own.
-pub(super) fn check_traffic_token(switchboard: &dyn Switchboard, id: SandboxId, port: u16, seen: &Seen, headers: &HeaderMap) -> Result<(), Refusal> {
+pub(super) fn check_traffic_token(
+    switchboard: &dyn Switchboard,
+    id: SandboxId,
+    port: u16,
+    seen: &Seen,
+    headers: &HeaderMap,
+) -> Result<(), Refusal> {
     match seen.spec.network.public_traffic {
         PublicTraffic::Allowed => Ok(()),
         PublicTraffic::TokenOnly if port == ENVD_PORT => Ok(()),
         PublicTraffic::TokenOnly => match headers.get(TRAFFIC_TOKEN_HEADER).and_then(|value| value.to_str().ok()) {
             None | Some("") => Err(Refusal::TrafficTokenMissing),
-            Some(given) => {
-                switchboard.accepts_token(TokenKind::TrafficAccess, id, given).then_some(()).ok_or(Refusal::TrafficTokenInvalid)
-            }
+            Some(given) => switchboard.accepts_token(TokenKind::TrafficAccess, id, given).then_some(()).ok_or(Refusal::TrafficTokenInvalid),
         },
     }
 }
@@ -82,7 +86,9 @@ fn has_envd_credentials(switchboard: &dyn Switchboard, id: SandboxId, (method, u
 fn refuse(error: RouteError) -> Refusal {
     match error {
         RouteError::Unknown(_) | RouteError::Wake(ConnectError::Unknown(_)) => Refusal::NotFound,
-        RouteError::Busy { .. } | RouteError::Wake(ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. }) => Refusal::Transitioning,
+        RouteError::Busy { .. } | RouteError::Wake(ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. }) => {
+            Refusal::Transitioning
+        }
         RouteError::Wake(ConnectError::TooMany { running, limit }) => {
             Refusal::NoPlace(format!("{running} sandboxes are running, the limit is {limit}; the paused one cannot be woken now"))
         }

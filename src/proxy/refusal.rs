@@ -115,8 +115,9 @@ pub(super) enum Form {
 impl Form {
     /// A page for a browser that navigates, JSON for everything else, scripts in browsers included.
     pub(super) fn wanted_by(headers: &HeaderMap) -> Self {
-        let has =
-            |name: HeaderName, word: &str| headers.get(name).and_then(|value| value.to_str().ok()).is_some_and(|value| value.contains(word));
+        let has = |name: HeaderName, word: &str| {
+            headers.get(name).and_then(|value| value.to_str().ok()).is_some_and(|value| value.contains(word))
+        };
         let navigates = match headers.get("sec-fetch-mode") {
             Some(mode) => mode == "navigate",
             None => has(header::USER_AGENT, "Mozilla/") && has(header::ACCEPT, "text/html"),

@@ -5,7 +5,8 @@
 //! system's authorities and ours.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PublicKeyData,
 };
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -118,7 +119,8 @@ impl Authority {
         let now = OffsetDateTime::now_utc();
         (params.not_before, params.not_after) = (now - BACKDATED, now + LEAF_LIFE);
         let certificate = params.signed_by(&key, &self.issuer).map_err(make)?;
-        let signer = rustls::crypto::ring::sign::any_ecdsa_type(&PrivatePkcs8KeyDer::from(key.serialize_der()).into()).map_err(TlsError::Rustls)?;
+        let signer =
+            rustls::crypto::ring::sign::any_ecdsa_type(&PrivatePkcs8KeyDer::from(key.serialize_der()).into()).map_err(TlsError::Rustls)?;
         let chain = vec![certificate.der().clone(), self.certificate.clone()];
         Ok(Leaf { key: Arc::new(CertifiedKey::new(chain, signer)), renew_at: now + LEAF_LIFE / 2 })
     }

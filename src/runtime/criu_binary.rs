@@ -175,11 +175,7 @@ fn run_version(path: &Path) -> io::Result<Output> {
 fn parse_version(text: &str) -> Option<(Version, Option<String>)> {
     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let mut numbers = field("Version:")?.split('.').map(|part| part.parse::<u32>().ok());
-    let version = Version {
-        major: numbers.next()??,
-        minor: numbers.next().unwrap_or(Some(0))?,
-        patch: numbers.next().unwrap_or(Some(0))?,
-    };
+    let version = Version { major: numbers.next()??, minor: numbers.next().unwrap_or(Some(0))?, patch: numbers.next().unwrap_or(Some(0))? };
     let changes = field("GitID:").and_then(|id| id.strip_prefix("stillbox-")).map(str::to_owned);
     Some((version, changes))
 }

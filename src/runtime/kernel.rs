@@ -27,14 +27,13 @@ use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::DiskNext;
 use super::uids::UidPool;
-use super::{
-    DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, fill, precheck,
-};
+use super::{DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, fill, precheck};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use live::Live;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// The runtime of one server. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -56,6 +55,9 @@ struct Shared {
     dump_key: DumpKey,
     live: Mutex<HashMap<SandboxId, Arc<Live>>>,
 }
+
+/// How often a lazy restore is asked whether it is complete; 1 GB takes some 400 ms.
+const FILL_LOOK_EVERY: Duration = Duration::from_millis(10);
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -166,6 +168,17 @@ impl Runtime for Kernel {
 
     fn dump_key(&self) -> DumpKey {
         self.0.dump_key.clone()
+    }
+
+    async fn filled(&self, id: SandboxId) -> Result<(), RuntimeError> {
+        loop {
+            let looked = self.blocking(move |shared| fill::state(&shared.layout.sandbox(id).work())).await;
+            match looked.map_err(step(id, "looking how far its memory is"))? {
+                fill::Fill::Complete => return Ok(()),
+                fill::Fill::GoingOn => tokio::time::sleep(FILL_LOOK_EVERY).await,
+                fill::Fill::Lost => return Err(step(id, "filling its memory")("the process that fills it ended early")),
+            }
+        }
     }
 
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError> {

@@ -46,8 +46,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpSocket, TcpStream};
 use tokio::join;
+use tokio::net::{TcpSocket, TcpStream};
 use tracing::warn;
 
 /// How many times `pool_slots` may lie ready when many are given back at once: recycling is cheaper than making.

@@ -33,8 +33,7 @@ const MOUNTINFO_BYTES_MAX: usize = 4 << 20;
 
 /// The namespaces that every process must share with pid 1. The mount namespace may be another one; the two for
 /// children differ from the process's own after an unshare.
-const SHARED_NAMESPACES: [&str; 9] =
-    ["user", "pid", "net", "ipc", "uts", "cgroup", "time", "pid_for_children", "time_for_children"];
+const SHARED_NAMESPACES: [&str; 9] = ["user", "pid", "net", "ipc", "uts", "cgroup", "time", "pid_for_children", "time_for_children"];
 
 /// Everything that keeps the sandbox whose pid 1 is `init` (as the host sees it) from being dumped. Empty: nothing
 /// known does. Reads some files per process and one link per open file; call it where blocking is allowed.

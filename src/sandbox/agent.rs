@@ -278,7 +278,13 @@ mod tests {
 
     #[test]
     fn lines_are_read_once_and_nonsense_is_left_out() {
-        let body = [line(4, "2026-01-02T03:00:00Z", "old"), line(5, "2026-01-02T03:00:01Z", "a"), "{nonsense".into(), line(5, "x", "again"), line(9, "x", "b")];
+        let body = [
+            line(4, "2026-01-02T03:00:00Z", "old"),
+            line(5, "2026-01-02T03:00:01Z", "a"),
+            "{nonsense".into(),
+            line(5, "x", "again"),
+            line(9, "x", "b"),
+        ];
         let page = read_log(body.join("\n").as_bytes(), 4, NOW);
         assert_eq!(page.read_to, 9);
         let seen: Vec<_> = page.entries.iter().map(|entry| (entry.message.as_str(), entry.at)).collect();

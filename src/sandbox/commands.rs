@@ -153,7 +153,8 @@ fn start_request(build: &BuildRecord, token: Option<&str>, command: &str) -> Res
 
 /// One message of the stream, with its flag, once all of it is there.
 fn next_event(buffer: &mut BytesMut) -> Result<Option<(u8, Value)>, AgentError> {
-    let Some((flag, length)) = buffer.first_chunk::<5>().map(|head| (head[0], u32::from_be_bytes([head[1], head[2], head[3], head[4]]))) else {
+    let Some((flag, length)) = buffer.first_chunk::<5>().map(|head| (head[0], u32::from_be_bytes([head[1], head[2], head[3], head[4]])))
+    else {
         return Ok(None);
     };
     let length = usize::try_from(length).unwrap_or(usize::MAX);

@@ -120,7 +120,11 @@ async fn create_to_end(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>)
 }
 
 /// A sandbox as a copy of another; `source` is held until it runs.
-pub(super) async fn create_copy(core: &Arc<Core>, spec: SandboxSpec, source: Arc<super::copy::CopySource>) -> Result<SandboxRecord, CreateError> {
+pub(super) async fn create_copy(
+    core: &Arc<Core>,
+    spec: SandboxSpec,
+    source: Arc<super::copy::CopySource>,
+) -> Result<SandboxRecord, CreateError> {
     if core.is_closing() {
         return Err(CreateError::ShuttingDown);
     }

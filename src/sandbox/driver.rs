@@ -42,12 +42,29 @@ pub(super) type Reply<T> = oneshot::Sender<T>;
 /// What a driver can be asked.
 #[derive(Debug)]
 pub(super) enum Request {
-    Pause { keep: Keep, reply: Reply<Result<SandboxRecord, PauseError>> },
-    Resume { ask: ResumeAsk, reply: Reply<Result<Connected, ConnectError>> },
-    Copy { reply: Reply<Result<CopySource, PauseError>> },
-    SetNetwork { policy: NetworkPolicy, reply: Reply<Result<(), NetworkError>> },
-    SetEnd { end: NewEnd, reply: Reply<Result<SandboxRecord, TimeoutError>> },
-    Kill { reason: EndReason, reply: Reply<()> },
+    Pause {
+        keep: Keep,
+        reply: Reply<Result<SandboxRecord, PauseError>>,
+    },
+    Resume {
+        ask: ResumeAsk,
+        reply: Reply<Result<Connected, ConnectError>>,
+    },
+    Copy {
+        reply: Reply<Result<CopySource, PauseError>>,
+    },
+    SetNetwork {
+        policy: NetworkPolicy,
+        reply: Reply<Result<(), NetworkError>>,
+    },
+    SetEnd {
+        end: NewEnd,
+        reply: Reply<Result<SandboxRecord, TimeoutError>>,
+    },
+    Kill {
+        reason: EndReason,
+        reply: Reply<()>,
+    },
     /// The timers': its end may have come.
     Expired,
     /// The server stops: end after the verb under way.
@@ -98,10 +115,7 @@ enum Idle {
 }
 
 /// What a caller is told when the driver ended without an answer: the server stops.
-pub(super) async fn answered<T, E: From<UnknownSandbox>>(
-    id: SandboxId,
-    answer: oneshot::Receiver<Result<T, E>>,
-) -> Result<T, E> {
+pub(super) async fn answered<T, E: From<UnknownSandbox>>(id: SandboxId, answer: oneshot::Receiver<Result<T, E>>) -> Result<T, E> {
     answer.await.unwrap_or_else(|_| Err(UnknownSandbox(id).into()))
 }
 

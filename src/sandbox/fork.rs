@@ -63,11 +63,8 @@ pub(super) async fn fork(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<
 async fn fork_to_end(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<Copies, ForkError> {
     let source = Arc::new(source_of(core, id).await?);
     let spec = copy_spec(&source.spec, fork.timeout);
-    let copies: Copies = stream::iter(0..fork.count)
-        .map(|_| create_copy(core, spec.clone(), Arc::clone(&source)))
-        .buffered(SIDE_BY_SIDE)
-        .collect()
-        .await;
+    let copies: Copies =
+        stream::iter(0..fork.count).map(|_| create_copy(core, spec.clone(), Arc::clone(&source))).buffered(SIDE_BY_SIDE).collect().await;
     match fork.strictness {
         Strictness::PerCopy => Ok(copies),
         Strictness::AllOrNone => all_or_none(core, copies).await,

@@ -8,12 +8,12 @@
 //! A server that dies in between leaves a row `pausing`: recover.rs finds the sandbox alive (and forgets the dump) or
 //! dead beside a finished dump (and finishes the pause).
 
+use super::config::SnapshotSync;
 use super::core::Core;
 use super::driver::Driver;
 use super::dump_folder::DumpFolder;
 use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
 use super::places::Place;
-use super::config::SnapshotSync;
 use crate::model::{ByteSize, DumpKey, Keep, LogLevel, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
 use crate::runtime::{AfterDump, DumpRequest, Dumped, Finding, RuntimeError};
 use crate::store::{StoreError, sandboxes, snapshots};
@@ -96,7 +96,9 @@ impl From<RuntimeError> for PauseFailure {
     fn from(error: RuntimeError) -> Self {
         match error {
             RuntimeError::NotDumpable { findings, .. } => Self::NotDumpable(findings),
-            other @ (RuntimeError::Exhausted { .. } | RuntimeError::NotRunning { .. } | RuntimeError::Step { .. }) => Self::Dump(Arc::new(other)),
+            other @ (RuntimeError::Exhausted { .. } | RuntimeError::NotRunning { .. } | RuntimeError::Step { .. }) => {
+                Self::Dump(Arc::new(other))
+            }
         }
     }
 }

@@ -12,7 +12,9 @@ use super::dump_folder::DumpFolder;
 use super::error::{Cause, chain};
 use super::pause::sync_later;
 use super::start::{generic_introduction, random_secret};
-use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, ByteSize, DumpKey, Fit, NetworkPolicy, SandboxId, SnapshotId, SnapshotRecord};
+use crate::model::{
+    BuildId, BuildRecord, BuildSource, BuildState, ByteSize, DumpKey, Fit, NetworkPolicy, SandboxId, SnapshotId, SnapshotRecord,
+};
 use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, StartFrom, StartRequest};
 use crate::store::{snapshots, templates};
 use std::collections::BTreeMap;
@@ -50,11 +52,11 @@ impl Attempts {
         !matches!(attempts.insert(build, Attempt::UnderWay), Some(Attempt::UnderWay))
     }
 
-    fn end(&self, build: BuildId, failed: bool) {
+    fn end<T, E>(&self, build: BuildId, made: &Result<T, E>) {
         let mut attempts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match failed {
-            true => attempts.insert(build, Attempt::FailedAt(Instant::now())),
-            false => attempts.remove(&build),
+        match made {
+            Ok(_) => attempts.remove(&build),
+            Err(_) => attempts.insert(build, Attempt::FailedAt(Instant::now())),
         };
     }
 
@@ -103,7 +105,7 @@ async fn make(core: &Arc<Core>, build: BuildRecord) -> Result<(), ReadyStateErro
     if let Err(error) = core.runtime.destroy(id).await {
         tracing::error!(sandbox.id = %id, error = chain(&error), "Could not remove the sandbox of a ready state");
     }
-    core.ready_states.end(build.id, made.is_err());
+    core.ready_states.end(build.id, &made);
     let snapshot = made.map_err(|source| ReadyStateError { build: build.id, source })?;
     let took_ms = begun.elapsed().as_millis();
     tracing::info!(build = %build.id, %snapshot, took_ms, "Creates from build {} restore a dump from now on", build.id);

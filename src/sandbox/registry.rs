@@ -20,7 +20,8 @@ use super::timeout::{NewEnd, TimeoutError};
 use super::tokens::{InstallKey, TokenKind};
 use super::{housekeeping, timers};
 use crate::model::{
-    BuildId, ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec, SandboxState,
+    BuildId, ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec,
+    SandboxState,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;

@@ -113,7 +113,11 @@ impl From<StartError> for ResumeFailure {
     fn from(error: StartError) -> Self {
         match error {
             StartError::Killed => Self::Gone,
-            other @ (StartError::Runtime(_) | StartError::Agent(_) | StartError::Commands(_) | StartError::Ended(_) | StartError::Misfit(_)) => Self::Restore(Arc::new(other)),
+            other @ (StartError::Runtime(_)
+            | StartError::Agent(_)
+            | StartError::Commands(_)
+            | StartError::Ended(_)
+            | StartError::Misfit(_)) => Self::Restore(Arc::new(other)),
         }
     }
 }
@@ -155,7 +159,7 @@ impl Driver {
     async fn resume_into(&mut self, ask: &ResumeAsk, place: Place) -> Result<(), ResumeFailure> {
         let build = self.build().await?;
         let dump = self.own_dump().await?;
-        self.enter_resuming(ask, dump.is_none()).await?;
+        self.enter_resuming(ask, dump.as_ref()).await?;
         let prepared = match &dump {
             Some(dump) => Prepared::from_dump(&self.core, &self.record, &build, DiskSource::Own, dump),
             None => Prepared::cold(&self.core, &self.record, &build, DiskSource::Own),
@@ -186,12 +190,12 @@ impl Driver {
         }
     }
 
-    async fn enter_resuming(&mut self, ask: &ResumeAsk, is_cold: bool) -> Result<(), ResumeFailure> {
+    async fn enter_resuming(&mut self, ask: &ResumeAsk, dump: Option<&SnapshotRecord>) -> Result<(), ResumeFailure> {
         let record = &mut self.record;
         record.state = SandboxState::Resuming;
         record.next_control_secret = Some(random_secret());
         record.generation += 1;
-        if is_cold {
+        if dump.is_none() {
             (record.control_secret, record.boot_id) = (random_secret(), random_boot_id());
         }
         if let Some(on_timeout) = ask.on_timeout {
@@ -199,7 +203,7 @@ impl Driver {
         }
         let now = self.core.clock.now();
         (self.record.started_at, self.record.end_at) = (now, now + ask.timeout);
-        if is_cold {
+        if dump.is_none() {
             // A new agent counts its log lines from the beginning.
             self.core.store.keep_logs(self.id.to_string(), Vec::new(), Some(0));
         }

@@ -7,7 +7,9 @@ use super::core::Core;
 use super::error::{StoreFailure, chain};
 use super::fork::{ForkError, source_of};
 use super::pause::{PauseError, sync_later};
-use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, SandboxId, SandboxState, SnapshotId, SnapshotRecord, TemplateId, TemplateRecord};
+use crate::model::{
+    BuildId, BuildRecord, BuildSource, BuildState, SandboxId, SandboxState, SnapshotId, SnapshotRecord, TemplateId, TemplateRecord,
+};
 use crate::store::templates::StoredQuery;
 use crate::store::{Db, StoreError, snapshots, templates};
 use std::collections::BTreeMap;
@@ -112,7 +114,13 @@ fn split_name(name: Option<String>) -> (Option<String>, String) {
 }
 
 /// A name that exists gets a new build, if it is a snapshot's; a template that was built keeps its name.
-fn insert_rows(db: &Db<'_>, build: BuildRecord, dump: &SnapshotRecord, name: Option<String>, tag: String) -> Result<SnapshotInfo, StoreError> {
+fn insert_rows(
+    db: &Db<'_>,
+    build: BuildRecord,
+    dump: &SnapshotRecord,
+    name: Option<String>,
+    tag: String,
+) -> Result<SnapshotInfo, StoreError> {
     let at = build.created_at;
     let known = match &name {
         Some(name) => templates::id_of_alias(db, name)?,

@@ -1,6 +1,6 @@
 //! Metrics and logs: bounded, written without anybody waiting, read after everything asked for before.
 
-use super::value::{from_level, level_in, micros, parsed_in, time_in, to_json, json_in, unsigned_in, signed};
+use super::value::{from_level, json_in, level_in, micros, parsed_in, signed, time_in, to_json, unsigned_in};
 use super::{Db, Store, StoreError};
 use crate::model::{ByteSize, LogEntry, LogLevel, MetricPoint, SandboxId};
 use rusqlite::{OptionalExtension, Row, named_params, params};
@@ -137,7 +137,8 @@ fn insert_metric(db: &Db<'_>, sandbox: SandboxId, point: &MetricPoint) -> Result
 }
 
 fn trim_metrics(db: &Db<'_>, sandbox: SandboxId, limits: &HistoryLimits) -> Result<(), StoreError> {
-    let of_one = "DELETE FROM metrics WHERE sandbox = ?1 AND at < (SELECT at FROM metrics WHERE sandbox = ?1 ORDER BY at DESC LIMIT 1 OFFSET ?2)";
+    let of_one =
+        "DELETE FROM metrics WHERE sandbox = ?1 AND at < (SELECT at FROM metrics WHERE sandbox = ?1 ORDER BY at DESC LIMIT 1 OFFSET ?2)";
     db.0.prepare_cached(of_one)?.execute(params![sandbox.as_str(), limits.metrics_per_sandbox_max.saturating_sub(1)])?;
     let of_all = "DELETE FROM metrics WHERE rowid <= (SELECT max(rowid) FROM metrics) - ?1";
     db.0.prepare_cached(of_all)?.execute([limits.metrics_max])?;
@@ -176,8 +177,7 @@ fn metric_from_row(row: &Row<'_>) -> Result<MetricPoint, StoreError> {
 
 fn metrics_of(db: &Db<'_>, sandbox: SandboxId, range: &Range<OffsetDateTime>) -> Result<Vec<MetricPoint>, StoreError> {
     let mut statement = db.0.prepare_cached("SELECT * FROM metrics WHERE sandbox = ?1 AND at >= ?2 AND at < ?3 ORDER BY at")?;
-    let rows = statement
-        .query_map(params![sandbox.as_str(), micros(range.start), micros(range.end)], |row| Ok(metric_from_row(row)))?;
+    let rows = statement.query_map(params![sandbox.as_str(), micros(range.start), micros(range.end)], |row| Ok(metric_from_row(row)))?;
     rows.map(|row| row?).collect()
 }
 

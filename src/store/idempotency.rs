@@ -18,9 +18,7 @@ pub struct Seen {
 /// The request that used this key first, if its sandbox's row is still there.
 pub fn seen(db: &Db<'_>, key: &str) -> Result<Option<Seen>, StoreError> {
     let mut statement = db.0.prepare_cached("SELECT request_hash, sandbox FROM idempotency_keys WHERE key = ?1")?;
-    let seen = statement
-        .query_row([key], |row| Ok((row.get("request_hash")?, parsed_in(row, "sandbox"))))
-        .optional()?;
+    let seen = statement.query_row([key], |row| Ok((row.get("request_hash")?, parsed_in(row, "sandbox")))).optional()?;
     seen.map(|(request_hash, sandbox)| Ok(Seen { request_hash, sandbox: sandbox? })).transpose()
 }
 

@@ -33,8 +33,7 @@ mod tests {
 
     /// Name and text of everything in a database, white space evened out.
     fn layout(connection: &Connection) -> Vec<(String, String)> {
-        let mut statement =
-            connection.prepare("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name").unwrap();
+        let mut statement = connection.prepare("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name").unwrap();
         let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))).unwrap();
         rows.map(|row| row.map(|(name, sql)| (name, sql.split_whitespace().collect::<Vec<_>>().join(" "))).unwrap()).collect()
     }
@@ -47,9 +46,7 @@ mod tests {
 
     #[test]
     fn an_empty_database_reaches_exactly_the_schema() {
-        for (migrations, schema) in
-            [(TRUTH, include_str!("truth/schema.sql")), (HISTORY, include_str!("history/schema.sql"))]
-        {
+        for (migrations, schema) in [(TRUTH, include_str!("truth/schema.sql")), (HISTORY, include_str!("history/schema.sql"))] {
             let wanted = Connection::open_in_memory().unwrap();
             wanted.execute_batch(schema).unwrap();
             assert_eq!(layout(&migrated(migrations)), layout(&wanted));

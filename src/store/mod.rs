@@ -21,9 +21,9 @@ pub mod snapshots;
 pub mod templates;
 mod value;
 
+use crate::model::SandboxId;
 use database::Database;
 pub use history::HistoryLimits;
-use crate::model::SandboxId;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

@@ -148,7 +148,9 @@ pub fn page(db: &Db<'_>, query: &PageQuery) -> Result<Vec<SandboxRecord>, StoreE
     }
     for (key, value) in &query.metadata {
         let (key, value) = (place(key.clone().into()), place(value.clone().into()));
-        conditions.push(format!("EXISTS (SELECT 1 FROM sandbox_metadata m WHERE m.key = {key} AND m.value = {value} AND m.sandbox = sandboxes.id)"));
+        conditions.push(format!(
+            "EXISTS (SELECT 1 FROM sandbox_metadata m WHERE m.key = {key} AND m.value = {value} AND m.sandbox = sandboxes.id)"
+        ));
     }
     let direction = match query.order {
         Order::Descending => "DESC",
@@ -166,7 +168,8 @@ pub fn page(db: &Db<'_>, query: &PageQuery) -> Result<Vec<SandboxRecord>, StoreE
 
 /// How many rows are in this state.
 pub fn count_in(db: &Db<'_>, state: SandboxState) -> Result<u64, StoreError> {
-    let count: i64 = db.0.prepare_cached("SELECT count(*) FROM sandboxes WHERE state = ?1")?.query_row([state.as_str()], |row| row.get(0))?;
+    let count: i64 =
+        db.0.prepare_cached("SELECT count(*) FROM sandboxes WHERE state = ?1")?.query_row([state.as_str()], |row| row.get(0))?;
     Ok(count.unsigned_abs())
 }
 
@@ -194,9 +197,7 @@ pub fn remove_ended_before(db: &Db<'_>, limit: OffsetDateTime) -> Result<Vec<San
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{
-        AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxSpec, Secure,
-    };
+    use crate::model::{AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxSpec, Secure};
     use crate::store::Store;
     use proptest::prelude::*;
     use std::time::{Duration, Instant};

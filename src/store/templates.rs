@@ -7,12 +7,8 @@ use rusqlite::{OptionalExtension, Row, named_params, params};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 
-const STATES: [(BuildState, &str); 4] = [
-    (BuildState::Waiting, "waiting"),
-    (BuildState::Building, "building"),
-    (BuildState::Ready, "ready"),
-    (BuildState::Error, "error"),
-];
+const STATES: [(BuildState, &str); 4] =
+    [(BuildState::Waiting, "waiting"), (BuildState::Building, "building"), (BuildState::Ready, "ready"), (BuildState::Error, "error")];
 
 fn state_word(state: BuildState) -> &'static str {
     match state {
@@ -131,9 +127,10 @@ fn tags(db: &Db<'_>, template: TemplateId) -> Result<BTreeMap<String, BuildId>, 
 
 /// Names with the build they lead to and since when, oldest first.
 pub fn tags_with_times(db: &Db<'_>, template: TemplateId) -> Result<Vec<(String, BuildId, OffsetDateTime)>, StoreError> {
-    let mut statement = db.0.prepare_cached("SELECT tag, build, created_at FROM template_tags WHERE template = ?1 ORDER BY created_at, tag")?;
-    let rows = statement
-        .query_map([template.as_str()], |row| Ok((row.get("tag")?, parsed_in(row, "build"), time_in(row, "created_at"))))?;
+    let mut statement =
+        db.0.prepare_cached("SELECT tag, build, created_at FROM template_tags WHERE template = ?1 ORDER BY created_at, tag")?;
+    let rows =
+        statement.query_map([template.as_str()], |row| Ok((row.get("tag")?, parsed_in(row, "build"), time_in(row, "created_at"))))?;
     rows.map(|row| row.map(|(tag, build, at)| Ok((tag, build?, at?)))?).collect()
 }
 
@@ -153,6 +150,7 @@ pub fn remove_tag(db: &Db<'_>, template: TemplateId, tag: &str, at: OffsetDateTi
 }
 
 /// Whether others may use it.
+#[expect(clippy::fn_params_excessive_bools, reason = "it is the column's own value, not a choice between two behaviours")]
 pub fn set_public(db: &Db<'_>, template: TemplateId, public: bool, at: OffsetDateTime) -> Result<(), StoreError> {
     db.0.prepare_cached("UPDATE templates SET public = ?2 WHERE id = ?1")?.execute(params![template.as_str(), public])?;
     touch(db, template, at)

@@ -39,10 +39,13 @@ pub fn flush() -> io::Result<()> {
 pub fn flush_source(source: Ipv4Addr) -> io::Result<usize> {
     let socket = open()?;
     let mut tuples = Vec::new();
-    let filter = [by_source(source), nested(FILTER, &[
-        attribute(FILTER_ORIG_FLAGS, &FILTER_BY_SOURCE.to_ne_bytes()),
-        attribute(FILTER_REPLY_FLAGS, &0u32.to_ne_bytes()),
-    ])];
+    let filter = [
+        by_source(source),
+        nested(
+            FILTER,
+            &[attribute(FILTER_ORIG_FLAGS, &FILTER_BY_SOURCE.to_ne_bytes()), attribute(FILTER_REPLY_FLAGS, &0u32.to_ne_bytes())],
+        ),
+    ];
     send_all(&socket, &message(GET, REQUEST | DUMP, &filter.concat()))?;
     read_answers(&socket, |body| {
         // A kernel that knows no such filter lists everything: look again.

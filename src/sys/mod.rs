@@ -4,11 +4,11 @@
 #![allow(unsafe_code, reason = "this room exists to hold the unsafe code, one operation per block")]
 
 pub mod command;
+pub mod conntrack;
 pub mod device_policy;
 pub mod disk;
 pub mod loop_device;
 pub mod mount;
-pub mod conntrack;
 pub mod netns;
 pub mod process;
 pub mod sock_diag;

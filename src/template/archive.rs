@@ -335,7 +335,9 @@ mod tests {
 
     #[test]
     fn what_is_no_archive_of_ours_is_told_so() {
-        assert!(refusal(b"not zstd at all").contains("could not read x.tar.zst") || refusal(b"not zstd at all").contains("no template archive"));
+        assert!(
+            refusal(b"not zstd at all").contains("could not read x.tar.zst") || refusal(b"not zstd at all").contains("no template archive")
+        );
         assert!(refusal(&archive_of(&[("etc/motd", b"x")])).contains("its first entry is 'etc/motd', not stillbox.json"));
         assert!(refusal(&archive_of(&[(MANIFEST, b"{}")])).contains("stillbox.json: missing field"));
         let (_data_dir, mut manifest, _file) = exported();

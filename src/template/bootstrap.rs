@@ -33,7 +33,9 @@ pub type Progress<'a> = &'a (dyn Fn(&str) + Sync);
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
     /// A program is missing.
-    #[error("{program} cannot be started ({source}); install it (apt-get install {package}), or start from an archive made elsewhere (--template-archive FILE)")]
+    #[error(
+        "{program} cannot be started ({source}); install it (apt-get install {package}), or start from an archive made elsewhere (--template-archive FILE)"
+    )]
     Program {
         /// Its name.
         program: &'static str,
@@ -200,10 +202,7 @@ fn bootstrap(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -
         return Err(BootstrapError::Keyring);
     }
     let mirrors = mirror::find(config)?;
-    progress(&format!(
-        "making template {} from {} of {} (about a minute, once)",
-        recipe.name, recipe.rootfs.suite, mirrors.main
-    ));
+    progress(&format!("making template {} from {} of {} (about a minute, once)", recipe.name, recipe.rootfs.suite, mirrors.main));
     let incoming = Incoming::new(&config.data_dir)?;
     let work = incoming.scratch();
     write_recipe(recipe, &work.join("recipe")).map_err(|source| BootstrapError::Manifest { path: work.join("recipe"), source })?;

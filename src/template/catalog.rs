@@ -268,7 +268,8 @@ impl Name {
         if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
             return Err(malformed("a name has letters, digits, '-' and '_'"));
         }
-        if tag.is_empty() || tag.len() > NAME_LENGTH_MAX || !tag.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte)) {
+        if tag.is_empty() || tag.len() > NAME_LENGTH_MAX || !tag.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        {
             return Err(malformed("a tag has 1 to 128 letters, digits, '-', '_' and '.'"));
         }
         Ok(Self { asked: asked.to_owned(), template: name.to_ascii_lowercase(), tag: tag.to_ascii_lowercase() })
@@ -337,7 +338,7 @@ mod tests {
         for name in ["base", "BASE", "base:default", "anyone/base", "anyone/base:default", base.template.id.as_str(), &build_tag] {
             assert_eq!(templates.resolve(name).await.unwrap(), base, "{name}");
         }
-        assert_eq!(templates.list().await.unwrap(), [base.template.clone()]);
+        assert_eq!(templates.list().await.unwrap(), std::slice::from_ref(&base.template));
         assert_eq!(templates.get(base.template.id).await.unwrap(), (base.template.clone(), vec![base.build.clone()]));
         assert_eq!(templates.build(base.build.id).await.unwrap(), base.build);
     }

@@ -537,7 +537,8 @@ mod tests {
 
     #[test]
     fn files_keep_their_mode_and_time_and_folders_get_theirs_last() {
-        let tar = tar_of(&[special(EntryType::Directory, "closed", ""), file("closed/within"), special(EntryType::Symlink, "etc", "/closed")]);
+        let tar =
+            tar_of(&[special(EntryType::Directory, "closed", ""), file("closed/within"), special(EntryType::Symlink, "etc", "/closed")]);
         let (folder, outcome) = unpacked(&tar, UnpackLimits::default());
         outcome.unwrap();
         for name in ["closed", "closed/within"] {

@@ -1,5 +1,4 @@
 //! Black-box tests of the kernel side. They need root; nothing of them touches the machine's own network or its data.
-#![expect(clippy::unwrap_used, reason = "a step of a test that fails is the test's failure")]
 
 // Marked as what they are, so that clippy lets helpers of tests unwrap as tests do.
 #[cfg(test)]

@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 use stillbox::model::{EgressTarget, NetworkPolicy, SandboxId};
 use stillbox::runtime::network::{NetworkConfig, NetworkError};
 use stillbox::sys::netns::Netns;
-use world::{
-    EIGHT, HOST, HOST_LAN, LAN_MACHINE, METADATA, NINE, ONE, in_own_world, ip, nft, run, serve, traces,
-};
+use world::{EIGHT, HOST, HOST_LAN, LAN_MACHINE, METADATA, NINE, ONE, in_own_world, ip, nft, run, serve, traces};
 
 fn open() -> NetworkPolicy {
     NetworkPolicy::default()
@@ -63,9 +61,10 @@ fn a_sandbox_reaches_neither_others_nor_the_host_nor_its_lan_nor_metadata() {
             of_slots.map(|route| route.split(' ').next().unwrap().parse().unwrap()).collect::<Vec<Ipv4Addr>>()
         };
         let gateways = run("ip", &["-o", "-4", "addr", "show"]);
-        let gateways = gateways.lines().filter(|line| line.contains(": sb")).map(|line| {
-            line.split_whitespace().nth(3).unwrap().split('/').next().unwrap().parse::<Ipv4Addr>().unwrap()
-        });
+        let gateways = gateways
+            .lines()
+            .filter(|line| line.contains(": sb"))
+            .map(|line| line.split_whitespace().nth(3).unwrap().split('/').next().unwrap().parse::<Ipv4Addr>().unwrap());
         let slots = [outer("aaaaa"), outer("bbbbb")].concat();
         assert!(slots.len() >= 3);
         for address in slots.into_iter().chain(gateways).chain([HOST, HOST_LAN, LAN_MACHINE, METADATA]) {

@@ -1,3 +1,5 @@
+//! Forks and snapshots: one dump, many sandboxes.
+
 use crate::world::{World, eventually};
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -27,8 +29,10 @@ async fn forks_have_the_sources_memory_and_files_and_names_of_their_own() {
         assert_eq!(init["accessToken"], world.registry().token(TokenKind::EnvdAccess, copy.id));
         assert_eq!(init["hostname"], copy.id.as_str());
     }
-    let entropies: BTreeSet<_> =
-        copies.iter().map(|copy| world.fake.with_agent(copy.id, |agent| agent.inits.last().unwrap()["entropy"].to_string()).unwrap()).collect();
+    let entropies: BTreeSet<_> = copies
+        .iter()
+        .map(|copy| world.fake.with_agent(copy.id, |agent| agent.inits.last().unwrap()["entropy"].to_string()).unwrap())
+        .collect();
     assert_eq!(entropies.len(), 8);
     world.mark(copies[0].id, "changed");
     assert_eq!(world.marks(source.id), (Some("kept".into()), "kept".into()));

@@ -1,3 +1,5 @@
+//! The server dies at every failpoint of every verb; the next one finds running or paused, never lost.
+
 use crate::world::{World, eventually};
 use std::time::Duration;
 use stillbox::model::{EndReason, Keep, OnTimeout, SandboxId, SandboxState};

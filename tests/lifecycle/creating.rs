@@ -1,3 +1,5 @@
+//! Create: admission, idempotency, and nothing left when it fails.
+
 use crate::world::{World, eventually};
 use std::time::Duration;
 use stillbox::model::{EndReason, SandboxState};
@@ -48,7 +50,7 @@ async fn a_failed_start_leaves_a_row_with_the_reason_and_nothing_else() {
 async fn an_agent_that_dies_before_it_is_ready_fails_the_create_with_its_last_word() {
     let world = World::new().await;
     let (registry, spec, fake) = (world.registry(), world.spec(), world.fake.clone());
-    fake.start_hanging(true);
+    fake.start_hanging();
     let created = tokio::spawn(async move { registry.create(spec, None).await });
     eventually("the agent was started", || !fake.running().is_empty()).await;
     let id = fake.running()[0];
@@ -62,7 +64,7 @@ async fn an_agent_that_dies_before_it_is_ready_fails_the_create_with_its_last_wo
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_never_answers_fails_the_create_in_time_and_is_removed() {
     let world = World::with(|config| config.agent_ready_max = Duration::from_millis(50)).await;
-    world.fake.start_hanging(true);
+    world.fake.start_hanging();
     let begun = std::time::Instant::now();
     let error = world.registry().create(world.spec(), None).await.unwrap_err();
     assert!(matches!(error, CreateError::Start { .. }), "{error}");

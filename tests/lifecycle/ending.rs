@@ -1,3 +1,5 @@
+//! Kill, timeouts, and sandboxes that end by themselves.
+
 use crate::world::World;
 use std::time::Duration;
 use stillbox::model::{EndReason, Keep, OnTimeout, SandboxState};

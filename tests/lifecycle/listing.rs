@@ -1,3 +1,5 @@
+//! Lists, pages and filters.
+
 use crate::world::World;
 use std::collections::BTreeMap;
 use stillbox::model::{Keep, SandboxId, SandboxSpec, SandboxState, TemplateId};

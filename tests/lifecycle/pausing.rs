@@ -1,3 +1,5 @@
+//! Pause and resume, by request, by timeout and by traffic.
+
 use crate::world::{PATIENCE, World, eventually};
 use std::time::Duration;
 use stillbox::model::{AutoResume, ByteSize, DumpKey, Keep, OnTimeout, SandboxId, SandboxState};

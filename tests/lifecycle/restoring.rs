@@ -1,3 +1,5 @@
+//! Create as a restore: the dump of a ready build, and what is done when there is none.
+
 use crate::world::{World, eventually};
 use std::time::Duration;
 use stillbox::model::{ByteSize, DumpKey, Keep, SandboxId, SandboxSpec, SandboxState};

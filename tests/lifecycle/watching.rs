@@ -1,3 +1,5 @@
+//! Metrics and logs.
+
 use crate::world::{World, eventually};
 use std::collections::BTreeMap;
 use stillbox::model::{LogLevel, SandboxId};

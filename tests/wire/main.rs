@@ -25,7 +25,8 @@ async fn health_needs_no_key_and_everything_else_does() {
 #[tokio::test]
 async fn a_sandbox_is_created_shown_and_killed() {
     let world = World::new().await;
-    let minimal = json!({"templateID": "base", "timeout": 300, "secure": true, "allow_internet_access": true, "metadata": {}, "envVars": {}});
+    let minimal =
+        json!({"templateID": "base", "timeout": 300, "secure": true, "allow_internet_access": true, "metadata": {}, "envVars": {}});
     let created = world.call("create", "POST", "/sandboxes", Some(minimal)).await;
     let id = created["sandboxID"].as_str().unwrap().to_owned();
     let shown = world.call("info", "GET", &format!("/sandboxes/{id}"), None).await;
@@ -128,10 +129,13 @@ async fn a_list_is_paged_filtered_and_ordered() {
     let world = World::new().await;
     let mut ids = Vec::new();
     for (index, user) in ["1", "2", "1"].into_iter().enumerate() {
-        let new = json!({"templateID": "base", "timeout": 300, "metadata": {"user": user, "a b": "c&d=é"}, "envVars": {"N": index.to_string()}});
+        let new =
+            json!({"templateID": "base", "timeout": 300, "metadata": {"user": user, "a b": "c&d=é"}, "envVars": {"N": index.to_string()}});
         ids.push(world.answer("POST", "/sandboxes", Some(new)).await.body["sandboxID"].as_str().unwrap().to_owned());
     }
-    let listed = |body: &Value| -> Vec<String> { body.as_array().unwrap().iter().map(|row| row["sandboxID"].as_str().unwrap().to_owned()).collect() };
+    let listed = |body: &Value| -> Vec<String> {
+        body.as_array().unwrap().iter().map(|row| row["sandboxID"].as_str().unwrap().to_owned()).collect()
+    };
 
     let first = world.call("list_page", "GET", "/v2/sandboxes?limit=2&state=running%2Cpaused", None).await;
     assert_eq!(listed(&first), [ids[2].clone(), ids[1].clone()]);

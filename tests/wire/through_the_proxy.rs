@@ -48,8 +48,8 @@ impl Port {
     }
 }
 
-async fn create(world: &World, auto_resume: bool) -> Value {
-    let new = json!({"templateID": "base", "timeout": 300, "autoPause": true, "autoResume": {"enabled": auto_resume}});
+async fn create(world: &World, auto_resume: Value) -> Value {
+    let new = json!({"templateID": "base", "timeout": 300, "autoPause": true, "autoResume": auto_resume});
     world.answer("POST", "/v2/sandboxes", Some(new)).await.body
 }
 
@@ -57,7 +57,7 @@ async fn create(world: &World, auto_resume: bool) -> Value {
 async fn a_sandbox_answers_while_it_runs_and_is_not_found_when_paused_or_killed() {
     let world = World::new().await;
     let port = open(&world).await;
-    let sandbox = create(&world, false).await;
+    let sandbox = create(&world, json!({"enabled": false})).await;
     let (id, token) = (&sandbox["sandboxID"], &sandbox["envdAccessToken"]);
     assert_eq!(port.health(id, token).await, (204, String::new()));
     let path = format!("/sandboxes/{}", id.as_str().unwrap());
@@ -74,7 +74,7 @@ async fn a_sandbox_answers_while_it_runs_and_is_not_found_when_paused_or_killed(
 async fn traffic_wakes_a_paused_sandbox_once_and_for_everybody_who_waits() {
     let world = World::new().await;
     let port = open(&world).await;
-    let sandbox = create(&world, true).await;
+    let sandbox = create(&world, json!({"enabled": true})).await;
     let (id, token) = (&sandbox["sandboxID"], &sandbox["envdAccessToken"]);
     let path = format!("/sandboxes/{}", id.as_str().unwrap());
     world.answer("POST", &format!("{path}/pause"), None).await;

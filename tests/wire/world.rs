@@ -49,7 +49,14 @@ impl World {
         let store = Store::open(folder.path()).unwrap();
         add_base(&store).await;
         let runtime = Fake::new(folder.path());
-        let registry = Registry::open(SandboxConfig { running_max, ..core_config(folder.path()) }, InstallKey::random(), store.clone(), Arc::new(runtime.clone())).await.unwrap();
+        let registry = Registry::open(
+            SandboxConfig { running_max, ..core_config(folder.path()) },
+            InstallKey::random(),
+            store.clone(),
+            Arc::new(runtime.clone()),
+        )
+        .await
+        .unwrap();
         let templates = Templates::open(template_config(folder.path()), store);
         let config = ApiConfig::new(vec![KEY.to_owned()], "stillbox.localhost:3443");
         let router = router(ApiState::new(registry.clone(), templates, config));
@@ -86,8 +93,12 @@ impl World {
     /// As [`World::call`], with a body that need not be JSON.
     pub(crate) async fn send(&self, name: &str, method: &str, path: &str, body: String) -> Value {
         let answer = self.exchange(method, path, body).await;
-        let shown: Map<String, Value> =
-            answer.headers.iter().filter(|(name, _)| name.starts_with("x-") || SHOWN.contains(&name.as_str())).map(|(name, value)| (name.clone(), value.clone())).collect();
+        let shown: Map<String, Value> = answer
+            .headers
+            .iter()
+            .filter(|(name, _)| name.starts_with("x-") || SHOWN.contains(&name.as_str()))
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect();
         golden::check(name, &json!({"status": answer.status, "headers": shown, "body": answer.body}));
         answer.body
     }
@@ -116,7 +127,8 @@ impl World {
             request = request.header(*name, value);
         }
         if method == "OPTIONS" {
-            request = request.header("access-control-request-method", "POST").header("access-control-request-headers", "x-api-key,content-type");
+            request =
+                request.header("access-control-request-method", "POST").header("access-control-request-headers", "x-api-key,content-type");
         }
         let response = self.router.clone().oneshot(request.body(Body::from(body)).unwrap()).await.unwrap();
         let status = response.status().as_u16();
@@ -128,8 +140,14 @@ impl World {
 }
 
 /// Headers that are part of the wire beside those that begin with `x-`.
-const SHOWN: [&str; 6] =
-    ["content-type", "should-retry", "retry-after", "access-control-allow-origin", "access-control-allow-methods", "access-control-allow-headers"];
+const SHOWN: [&str; 6] = [
+    "content-type",
+    "should-retry",
+    "retry-after",
+    "access-control-allow-origin",
+    "access-control-allow-methods",
+    "access-control-allow-headers",
+];
 
 async fn add_base(store: &Store) {
     let at = OffsetDateTime::from_unix_timestamp(1_767_225_600).unwrap();

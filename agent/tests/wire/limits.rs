@@ -35,8 +35,13 @@ impl Full {
 
 impl Drop for Full {
     fn drop(&mut self) {
-        // Empty as soon as the agent is reaped, which its own drop has done by now.
-        drop(fs::remove_dir(&self.path));
+        // The agent has been killed by now; the kernel may still be busy with its end. No panic: one may be under way.
+        for _ in 0..500 {
+            if fs::remove_dir(&self.path).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 }
 

@@ -97,7 +97,10 @@ impl Query {
             OffsetDateTime::from_unix_timestamp_nanos(i128::from(count) * unit.nanoseconds()).ok()
         };
         self.get(name)
-            .map(|text| parse(text).ok_or_else(|| ApiError::bad_request(format!("{name} is '{text}'; it must be a time in {} since 1970", unit.name()))))
+            .map(|text| {
+                parse(text)
+                    .ok_or_else(|| ApiError::bad_request(format!("{name} is '{text}'; it must be a time in {} since 1970", unit.name())))
+            })
             .transpose()
     }
 }
@@ -182,7 +185,10 @@ mod tests {
         let max = Duration::from_secs(86400);
         assert_eq!(lifetime(300, max).unwrap(), Duration::from_secs(300));
         assert_eq!(message(lifetime(0, max)).1, "Timeout must be greater than 0, not 0 (timeout, in seconds)");
-        assert_eq!(message(lifetime(86401, max)).1, "Timeout cannot be greater than 86400 seconds, not 86401 (timeout; the limit is sandbox.timeout_max)");
+        assert_eq!(
+            message(lifetime(86401, max)).1,
+            "Timeout cannot be greater than 86400 seconds, not 86401 (timeout; the limit is sandbox.timeout_max)"
+        );
         assert_eq!(end_of_life(0, max).unwrap(), Duration::ZERO);
         assert_eq!(message(end_of_life(-1, max)).0, 400);
     }

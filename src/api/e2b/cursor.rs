@@ -24,7 +24,9 @@ pub(super) fn token(at: OffsetDateTime, id: impl std::fmt::Display, order: ListO
 
 /// The row that a token names.
 pub(super) fn row<Id: std::str::FromStr>(token: &str, order: ListOrder) -> Result<(OffsetDateTime, Id), ApiError> {
-    read(token, order).ok_or_else(|| ApiError::bad_request("Invalid next token: nextToken must be the X-Next-Token of the page before, in the same order"))
+    read(token, order).ok_or_else(|| {
+        ApiError::bad_request("Invalid next token: nextToken must be the X-Next-Token of the page before, in the same order")
+    })
 }
 
 fn read<Id: std::str::FromStr>(token: &str, order: ListOrder) -> Option<(OffsetDateTime, Id)> {

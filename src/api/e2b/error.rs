@@ -56,7 +56,9 @@ impl From<PauseError> for ApiError {
     fn from(error: PauseError) -> Self {
         match error {
             PauseError::Unknown(unknown) => unknown.into(),
-            PauseError::AlreadyPaused(_) | PauseError::InTransition { .. } | PauseError::NotDumpable { .. } => Self::conflict(error.to_string()),
+            PauseError::AlreadyPaused(_) | PauseError::InTransition { .. } | PauseError::NotDumpable { .. } => {
+                Self::conflict(error.to_string())
+            }
             PauseError::SnapshotSpace { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, error.to_string()),
             PauseError::Dump { .. } | PauseError::Store(_) => Self::internal(error),
         }

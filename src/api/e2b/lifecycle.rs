@@ -39,7 +39,9 @@ pub(super) async fn refresh(
 ) -> Result<StatusCode, ApiError> {
     let duration = match asked.duration.unwrap_or(REFRESH_S) {
         seconds @ 0..=REFRESH_MAX_S => Duration::from_secs(seconds.unsigned_abs()),
-        other => return Err(ApiError::bad_request(format!("duration is {other}; it must be a number of seconds from 0 to {REFRESH_MAX_S}"))),
+        other => {
+            return Err(ApiError::bad_request(format!("duration is {other}; it must be a number of seconds from 0 to {REFRESH_MAX_S}")));
+        }
     };
     state.registry.extend(id, duration.min(state.config.timeout_max)).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -65,7 +67,9 @@ pub(super) async fn connect(
 fn refuse_cold_resume(state: &ApiState, id: SandboxId, memory: Option<bool>) -> Result<(), ApiError> {
     let keeps_memory = memory == Some(false) && state.registry.get(id)?.paused == Some(Keep::Memory);
     match keeps_memory {
-        true => Err(ApiError::not_served("connect with memory: false", "the sandbox was paused with its memory; connect without the field")),
+        true => {
+            Err(ApiError::not_served("connect with memory: false", "the sandbox was paused with its memory; connect without the field"))
+        }
         false => Ok(()),
     }
 }

@@ -107,7 +107,9 @@ async fn template(state: &ApiState, query: &Query) -> Result<Filter, ApiError> {
 /// The pairs of a metadata filter. SDKs escape each key and value, then the pairs, then the query: the query's own
 /// decoding has been done when this sees it, the two inner ones have not.
 pub(super) fn metadata(value: &str) -> Result<BTreeMap<String, String>, ApiError> {
-    let wrong = |problem: &str| ApiError::bad_request(format!("Error parsing metadata: {problem} (metadata must be escaped pairs such as user=1&app=x)"));
+    let wrong = |problem: &str| {
+        ApiError::bad_request(format!("Error parsing metadata: {problem} (metadata must be escaped pairs such as user=1&app=x)"))
+    };
     let pairs = unescape(value).ok_or_else(|| wrong("bad percent-encoding"))?;
     let split = |pair: &str| {
         let (key, value) = pair.split_once('=').ok_or_else(|| wrong(&format!("'{pair}' has no '='")))?;

@@ -31,7 +31,11 @@ pub(super) async fn replace(
 }
 
 /// The policy of a create request.
-pub(super) fn policy(network: Option<wire::Network>, allow_internet_access: Option<bool>, secure: Secure) -> Result<NetworkPolicy, ApiError> {
+pub(super) fn policy(
+    network: Option<wire::Network>,
+    allow_internet_access: Option<bool>,
+    secure: Secure,
+) -> Result<NetworkPolicy, ApiError> {
     let network = network.unwrap_or_default();
     let public_traffic = match network.allow_public_traffic {
         None | Some(true) => PublicTraffic::Allowed,
@@ -52,7 +56,10 @@ pub(super) fn shown(policy: &NetworkPolicy) -> wire::ShownNetwork {
         allow_public_traffic: policy.public_traffic == PublicTraffic::Allowed,
         allow_out: texts(&policy.allow_out),
         deny_out: texts(&policy.deny_out),
-        egress_proxy: policy.egress_proxy.as_ref().map(|proxy| wire::ShownEgressProxy { address: proxy.address.clone(), username: proxy.username.clone() }),
+        egress_proxy: policy
+            .egress_proxy
+            .as_ref()
+            .map(|proxy| wire::ShownEgressProxy { address: proxy.address.clone(), username: proxy.username.clone() }),
         mask_request_host: policy.mask_request_host.clone(),
         rules: policy.rules.iter().map(|(domain, headers)| (domain.clone(), rule(headers))).collect(),
     }
@@ -72,7 +79,9 @@ impl TryFrom<wire::Egress> for Egress {
         refuse_unserved(&egress)?;
         let deny_out = targets("network.denyOut", egress.deny_out)?;
         if let Some(domain) = deny_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
-            return Err(ApiError::bad_request(format!("network.denyOut has the domain '{domain}'; only IP addresses and CIDR blocks can be denied")));
+            return Err(ApiError::bad_request(format!(
+                "network.denyOut has the domain '{domain}'; only IP addresses and CIDR blocks can be denied"
+            )));
         }
         let proxy = egress.egress_proxy.map(egress_proxy).transpose()?;
         Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out, proxy })
@@ -100,13 +109,19 @@ impl Egress {
 /// Accepting a rule and not applying it would be worse than refusing it.
 fn refuse_unserved(egress: &wire::Egress) -> Result<(), ApiError> {
     let wants = [
-        ("network.egressProxy.tls", egress.egress_proxy.as_ref().and_then(|proxy| proxy.tls.as_ref()).is_some_and(|tls| tls.enabled == Some(true))),
+        (
+            "network.egressProxy.tls",
+            egress.egress_proxy.as_ref().and_then(|proxy| proxy.tls.as_ref()).is_some_and(|tls| tls.enabled == Some(true)),
+        ),
         ("network.rules", egress.rules.as_ref().is_some_and(|rules| !rules.is_empty())),
         ("network.dnsServers", egress.dns_servers.is_some()),
         ("network.httpsPorts", egress.https_ports.as_ref().is_some_and(|ports| !ports.is_empty())),
     ];
     match wants.into_iter().find(|(_, is_wanted)| *is_wanted) {
-        Some((field, _)) => Err(ApiError::not_served(field, "leave it out; allowOut, denyOut, egressProxy without TLS, allowPublicTraffic and maskRequestHost are")),
+        Some((field, _)) => Err(ApiError::not_served(
+            field,
+            "leave it out; allowOut, denyOut, egressProxy without TLS, allowPublicTraffic and maskRequestHost are",
+        )),
         None => Ok(()),
     }
 }
@@ -123,7 +138,8 @@ fn targets(field: &str, texts: Option<Vec<String>>) -> Result<Vec<EgressTarget>,
 /// SOCKS5 gives a user name and a password one byte of length each, and none may be empty (RFC 1929).
 fn egress_proxy(proxy: wire::EgressProxy) -> Result<EgressProxy, ApiError> {
     let port = proxy.address.rsplit_once(':').map_or("", |(_, port)| port);
-    let is_address = port.parse().is_ok_and(|port: u16| port > 0) && proxy.address.parse::<http::uri::Authority>().is_ok_and(|address| !address.host().is_empty() && !proxy.address.contains('@'));
+    let is_address = port.parse().is_ok_and(|port: u16| port > 0)
+        && proxy.address.parse::<http::uri::Authority>().is_ok_and(|address| !address.host().is_empty() && !proxy.address.contains('@'));
     if !is_address {
         let shown: String = proxy.address.chars().take(128).collect();
         return Err(ApiError::bad_request(format!("network.egressProxy.address is '{shown}'; it must be host:port")));
@@ -172,7 +188,11 @@ mod tests {
 
     #[test]
     fn an_egress_proxy_is_shown_without_its_password() {
-        let policy = parsed(serde_json::json!({"egressProxy": {"address": "proxy.example.com:1080", "username": "u", "password": "secret"}}), Secure::Token).unwrap();
+        let policy = parsed(
+            serde_json::json!({"egressProxy": {"address": "proxy.example.com:1080", "username": "u", "password": "secret"}}),
+            Secure::Token,
+        )
+        .unwrap();
         let proxy = policy.egress_proxy.as_ref().unwrap();
         assert_eq!((proxy.username.as_deref(), proxy.password.as_deref()), (Some("u"), Some("secret")));
         let shown = serde_json::to_value(shown(&policy)).unwrap();
@@ -184,23 +204,36 @@ mod tests {
         let refused = |json, secure| parsed(json, secure).unwrap_err();
         let (code, message) = refused(serde_json::json!({"allowPublicTraffic": false}), Secure::Open);
         assert_eq!((code, message.as_str()), (400, "network.allowPublicTraffic is false, which needs secure to be true"));
-        assert!(refused(serde_json::json!({"allowOut": ["example.com"]}), Secure::Token).1.contains("network.denyOut must contain '0.0.0.0/0'"));
+        assert!(
+            refused(serde_json::json!({"allowOut": ["example.com"]}), Secure::Token).1.contains("network.denyOut must contain '0.0.0.0/0'")
+        );
         assert!(refused(serde_json::json!({"denyOut": ["example.com"]}), Secure::Token).1.contains("only IP addresses"));
-        assert!(refused(serde_json::json!({"allowOut": ["10.0.0.0/33"]}), Secure::Token).1.starts_with("network.allowOut: '10.0.0.0/33' is neither"));
+        assert!(
+            refused(serde_json::json!({"allowOut": ["10.0.0.0/33"]}), Secure::Token)
+                .1
+                .starts_with("network.allowOut: '10.0.0.0/33' is neither")
+        );
         assert!(refused(serde_json::json!({"maskRequestHost": "a b"}), Secure::Token).1.starts_with("network.maskRequestHost is 'a b'"));
         for address in ["a", "a:0", "a:65536", ":1", "u@a:1", "a b:1"] {
             let (_, message) = refused(serde_json::json!({"egressProxy": {"address": address}}), Secure::Token);
             assert_eq!(message, format!("network.egressProxy.address is '{address}'; it must be host:port"));
         }
         assert!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "username": "u"}}), Secure::Token).1.contains("together"));
-        assert!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "username": "", "password": "p"}}), Secure::Token).1.contains("0 bytes"));
+        assert!(
+            refused(serde_json::json!({"egressProxy": {"address": "a:1", "username": "", "password": "p"}}), Secure::Token)
+                .1
+                .contains("0 bytes")
+        );
         assert_eq!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "tls": {"enabled": true}}}), Secure::Token).0, 501);
         assert_eq!(refused(serde_json::json!({"rules": {"a.com": [{"transform": {"headers": {}}}]}}), Secure::Token).0, 501);
     }
 
     #[test]
     fn no_internet_counts_as_denying_everything() {
-        let network = wire::Network { egress: wire::Egress { allow_out: Some(vec!["example.com".into()]), ..Default::default() }, ..Default::default() };
+        let network = wire::Network {
+            egress: wire::Egress { allow_out: Some(vec!["example.com".into()]), ..Default::default() },
+            ..Default::default()
+        };
         assert!(policy(Some(network), Some(false), Secure::Token).unwrap().denies_everything());
     }
 }

@@ -129,7 +129,9 @@ fn environment(variables: Option<BTreeMap<String, String>>) -> Result<BTreeMap<S
     match variables.iter().find(is_bad) {
         Some((name, _)) => {
             let shown = name.escape_debug();
-            Err(ApiError::bad_request(format!("envVars has the variable '{shown}'; names must not be empty or contain '=' or NUL, values no NUL")))
+            Err(ApiError::bad_request(format!(
+                "envVars has the variable '{shown}'; names must not be empty or contain '=' or NUL, values no NUL"
+            )))
         }
         None => Ok(variables),
     }
@@ -161,14 +163,18 @@ mod tests {
 
     #[test]
     fn the_two_versions_differ_in_timeout_and_security() {
-        let (one, two) = (parse(serde_json::json!({"templateID":"b"}), Version::One).unwrap(), parse(serde_json::json!({"templateID":"b"}), Version::Two).unwrap());
+        let (one, two) = (
+            parse(serde_json::json!({"templateID":"b"}), Version::One).unwrap(),
+            parse(serde_json::json!({"templateID":"b"}), Version::Two).unwrap(),
+        );
         assert_eq!((one.lifecycle.timeout.as_secs(), one.secure), (15, Secure::Open));
         assert_eq!((two.lifecycle.timeout.as_secs(), two.secure), (300, Secure::Token));
     }
 
     #[test]
     fn the_lifecycle_options_map_onto_the_core() {
-        let full = parse(serde_json::json!({"templateID":"b","autoPause":true,"autoResume":{"enabled":true}}), Version::Two).unwrap().lifecycle;
+        let full =
+            parse(serde_json::json!({"templateID":"b","autoPause":true,"autoResume":{"enabled":true}}), Version::Two).unwrap().lifecycle;
         assert_eq!((full.on_timeout, full.auto_resume), (OnTimeout::Pause(Keep::Memory), AutoResume::On));
         let files = parse(serde_json::json!({"templateID":"b","autoPause":true,"autoPauseMemory":false}), Version::Two).unwrap().lifecycle;
         assert_eq!(files.on_timeout, OnTimeout::Pause(Keep::FilesOnly));
@@ -177,7 +183,10 @@ mod tests {
     #[test]
     fn what_contradicts_itself_or_is_not_there_is_refused_by_field() {
         let refused = |json| parse(json, Version::One).unwrap_err();
-        assert_eq!(refused(serde_json::json!({"templateID":"b","timeout":0})), "Timeout must be greater than 0, not 0 (timeout, in seconds)");
+        assert_eq!(
+            refused(serde_json::json!({"templateID":"b","timeout":0})),
+            "Timeout must be greater than 0, not 0 (timeout, in seconds)"
+        );
         assert!(refused(serde_json::json!({"templateID":"b","timeout":86401})).contains("86400"));
         assert!(refused(serde_json::json!({"templateID":"b","autoPauseMemory":false})).starts_with("autoPauseMemory is false"));
         let both = serde_json::json!({"templateID":"b","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}});

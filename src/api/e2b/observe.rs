@@ -17,7 +17,11 @@ const LOG_LINES_MAX: u32 = 1000;
 const SEARCH_MAX: usize = 256;
 
 /// `GET /sandboxes/{id}/metrics`.
-pub(super) async fn metrics(State(state): State<ApiState>, SandboxPath(id): SandboxPath, query: Query) -> Result<Json<Vec<wire::Metric>>, ApiError> {
+pub(super) async fn metrics(
+    State(state): State<ApiState>,
+    SandboxPath(id): SandboxPath,
+    query: Query,
+) -> Result<Json<Vec<wire::Metric>>, ApiError> {
     let points = state.registry.metrics(id, window(&query)?).await?;
     Ok(Json(points.into_iter().map(metric).collect()))
 }
@@ -85,7 +89,11 @@ pub(super) async fn logs(State(state): State<ApiState>, SandboxPath(id): Sandbox
 }
 
 /// `GET /v2/sandboxes/{id}/logs`.
-pub(super) async fn logs_v2(State(state): State<ApiState>, SandboxPath(id): SandboxPath, query: Query) -> Result<Json<wire::LogsV2>, ApiError> {
+pub(super) async fn logs_v2(
+    State(state): State<ApiState>,
+    SandboxPath(id): SandboxPath,
+    query: Query,
+) -> Result<Json<wire::LogsV2>, ApiError> {
     let entries = state.registry.logs(id, log_query(&query)?).await?;
     Ok(Json(wire::LogsV2 { logs: entries.into_iter().map(entry).collect() }))
 }
@@ -149,7 +157,12 @@ mod tests {
 
     #[test]
     fn a_log_line_is_json_with_level_logger_and_message() {
-        let entry = LogEntry { at: OffsetDateTime::UNIX_EPOCH, level: LogLevel::Warn, message: "m".into(), fields: [("pid".to_owned(), "7".to_owned())].into() };
+        let entry = LogEntry {
+            at: OffsetDateTime::UNIX_EPOCH,
+            level: LogLevel::Warn,
+            message: "m".into(),
+            fields: [("pid".to_owned(), "7".to_owned())].into(),
+        };
         assert_eq!(line(&entry).line, r#"{"level":"warn","logger":"sandbox","message":"m","pid":"7"}"#);
     }
 

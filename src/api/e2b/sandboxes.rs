@@ -13,16 +13,29 @@ use axum::extract::State;
 use http::{HeaderMap, StatusCode};
 
 /// `POST /sandboxes`.
-pub(super) async fn create(state: State<ApiState>, headers: HeaderMap, Body(new): Body<wire::NewSandbox>) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
+pub(super) async fn create(
+    state: State<ApiState>,
+    headers: HeaderMap,
+    Body(new): Body<wire::NewSandbox>,
+) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
     create_as(Version::One, state, headers, new).await
 }
 
 /// `POST /v2/sandboxes`.
-pub(super) async fn create_v2(state: State<ApiState>, headers: HeaderMap, Body(new): Body<wire::NewSandbox>) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
+pub(super) async fn create_v2(
+    state: State<ApiState>,
+    headers: HeaderMap,
+    Body(new): Body<wire::NewSandbox>,
+) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
     create_as(Version::Two, state, headers, new).await
 }
 
-async fn create_as(version: Version, State(state): State<ApiState>, headers: HeaderMap, new: wire::NewSandbox) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
+async fn create_as(
+    version: Version,
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    new: wire::NewSandbox,
+) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
     let key = idempotency_key(&headers)?;
     let wanted = Wanted::parse(new, version, state.config.timeout_max)?;
     let resolved = state.templates.resolve(&wanted.template).await?;
@@ -33,7 +46,12 @@ async fn create_as(version: Version, State(state): State<ApiState>, headers: Hea
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     let is_good = |key: &&str| (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    value.to_str().ok().filter(is_good).map(Some).ok_or_else(|| ApiError::bad_request("Idempotency-Key must be 1 to 255 characters of A-Z, a-z, 0-9 and '-'"))
+    value
+        .to_str()
+        .ok()
+        .filter(is_good)
+        .map(Some)
+        .ok_or_else(|| ApiError::bad_request("Idempotency-Key must be 1 to 255 characters of A-Z, a-z, 0-9 and '-'"))
 }
 
 /// `GET /sandboxes/{id}`.

@@ -92,7 +92,8 @@ fn snapshot_name(asked: &str) -> Result<String, ApiError> {
     let bare = lower.strip_prefix(teams::SLUG).and_then(|rest| rest.strip_prefix('/')).unwrap_or(&lower);
     let (name, tag) = bare.split_once(':').map_or((bare, None), |(name, tag)| (name, Some(tag)));
     let is_name = |text: &str, more: &[u8]| {
-        (1..=NAME_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || more.contains(&byte))
+        (1..=NAME_MAX).contains(&text.len())
+            && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || more.contains(&byte))
     };
     match is_name(name, b"-_") && tag.is_none_or(|tag| is_name(tag, b"-_.")) {
         true => Ok(bare.to_owned()),

@@ -64,8 +64,14 @@ pub(super) async fn remove(State(state): State<ApiState>, Segment(name): Segment
 /// `GET /templates/{id}/tags`.
 pub(super) async fn tags(State(state): State<ApiState>, Segment(name): Segment) -> Result<Json<Vec<wire::Tag>>, ApiError> {
     let (template, builds) = find(&state, &name).await?;
-    let created_at = |build| builds.iter().find(|known| known.id == build).map_or(template.updated_at, |known| known.finished_at.unwrap_or(known.created_at));
-    let tag = |(tag, build): (&String, &crate::model::BuildId)| wire::Tag { tag: tag.clone(), build_id: build.to_string(), created_at: wire::Time(created_at(*build)) };
+    let created_at = |build| {
+        builds.iter().find(|known| known.id == build).map_or(template.updated_at, |known| known.finished_at.unwrap_or(known.created_at))
+    };
+    let tag = |(tag, build): (&String, &crate::model::BuildId)| wire::Tag {
+        tag: tag.clone(),
+        build_id: build.to_string(),
+        created_at: wire::Time(created_at(*build)),
+    };
     Ok(Json(template.tags.iter().map(tag).collect()))
 }
 

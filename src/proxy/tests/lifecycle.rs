@@ -30,7 +30,10 @@ async fn a_closed_port_is_reported_after_a_second_and_one_that_opens_meanwhile_i
     let server = start(&world).await;
     let asked = Instant::now();
     let (status, _, body) = get(&server, &host(8000, id), "/", &[]).await;
-    assert_eq!((status, body), (502, format!(r#"{{"code":502,"message":"The sandbox is running but port is not open","port":8000,"sandboxId":"{id}"}}"#)));
+    assert_eq!(
+        (status, body),
+        (502, format!(r#"{{"code":502,"message":"The sandbox is running but port is not open","port":8000,"sandboxId":"{id}"}}"#))
+    );
     assert!(asked.elapsed() >= Duration::from_secs(1), "it was given up after {:?}", asked.elapsed());
 
     let mirror = mirror().await;

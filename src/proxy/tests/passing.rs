@@ -18,7 +18,8 @@ async fn a_request_reaches_the_port_in_its_host_name_unchanged() {
     world.open_port(id, 8000, mirror().await);
     let server = start(&world).await;
     let host = host(8000, id);
-    let (status, _, body) = get(&server, &host, "/a%20b?q=1&r", &[("x-one", "1"), ("connection", "x-hop"), ("x-hop", "h"), ("te", "trailers")]).await;
+    let (status, _, body) =
+        get(&server, &host, "/a%20b?q=1&r", &[("x-one", "1"), ("connection", "x-hop"), ("x-hop", "h"), ("te", "trailers")]).await;
     assert_eq!(status, 200);
     assert_eq!(body, format!("GET /a%20b?q=1&r\nhost: {host}\nx-one: 1\nte: trailers\n\n"));
 }
@@ -215,7 +216,11 @@ async fn an_upgraded_connection_carries_bytes_both_ways_and_ends_with_either_sid
         let ended = ended.clone();
         async move {
             let head = read_head(&mut stream).await.to_ascii_lowercase();
-            assert!(head.contains("upgrade: websocket\r\n") && head.contains("connection: upgrade\r\n") && head.contains("sec-websocket-key: k\r\n"));
+            assert!(
+                head.contains("upgrade: websocket\r\n")
+                    && head.contains("connection: upgrade\r\n")
+                    && head.contains("sec-websocket-key: k\r\n")
+            );
             stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\r\nhello").await.unwrap();
             let mut buffer = [0; 64];
             while let Ok(count @ 1..) = stream.read(&mut buffer).await {
@@ -230,7 +235,10 @@ async fn an_upgraded_connection_carries_bytes_both_ways_and_ends_with_either_sid
     .await;
     world.open_port(id, 8000, socket);
     let server = start(&world).await;
-    let request = format!("GET /ws HTTP/1.1\r\nhost: {}\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: k\r\n\r\n", host(8000, id));
+    let request = format!(
+        "GET /ws HTTP/1.1\r\nhost: {}\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: k\r\n\r\n",
+        host(8000, id)
+    );
 
     let mut leaving = Raw::connect(&server).await;
     leaving.send(&request).await;

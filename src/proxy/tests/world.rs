@@ -157,7 +157,8 @@ pub(super) async fn start_with(world: &Arc<World>, tls: Option<Arc<rustls::Serve
     let address = tcp.local_addr().unwrap();
     let proxy = Proxy::new(config, Arc::clone(world) as Arc<dyn Switchboard>);
     let (stop, stopped) = watch::channel(false);
-    let control = tower::service_fn(|_request: Request<Incoming>| async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("control")))) });
+    let control =
+        tower::service_fn(|_request: Request<Incoming>| async { Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("control")))) });
     let task = tokio::spawn(serve(Listener { tcp, tls }, proxy, control, stopped));
     Server { address, stop, task }
 }

@@ -123,8 +123,8 @@ impl Fake {
     }
 
     /// Agents that are started cold from now on answer nothing.
-    pub fn start_hanging(&self, hangs: bool) {
-        lock(&self.state).start_hanging = hangs;
+    pub fn start_hanging(&self) {
+        lock(&self.state).start_hanging = true;
     }
 
     /// What [`Runtime::findings`] answers for this sandbox from now on.
@@ -306,8 +306,7 @@ impl Runtime for Fake {
         let memory = self.with_agent(id, |agent| agent.clone()).ok_or(RuntimeError::NotRunning { id })?;
         let text = serde_json::to_vec(&memory).map_err(|_| failure(id, "the agent cannot be written"))?;
         let key = self.dump_key();
-        let dumped =
-            Dumped { criu: key.criu, agent: key.agent, images_bytes: text.len() as u64, standstill: Duration::from_millis(1) };
+        let dumped = Dumped { criu: key.criu, agent: key.agent, images_bytes: text.len() as u64, standstill: Duration::from_millis(1) };
         std::fs::write(request.images.join("memory.json"), text).map_err(from_io(id, "writing the images"))?;
         if let Some(copy) = &request.disk_copy {
             std::fs::copy(self.disk(id), copy).map_err(from_io(id, "copying the disk"))?;

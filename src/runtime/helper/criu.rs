@@ -18,18 +18,17 @@ pub(crate) mod lazy;
 pub(crate) mod place;
 mod swrk;
 
-
 use crate::runtime::{AfterDump, GHOST_BYTES_MAX};
 use crate::sys::netns::{Netns, bring_loopback_up};
 use crate::sys::sock_diag;
 use images::ImageView;
 use nix::sched::CloneFlags;
+use place::Seat;
 use rust_criu::rust_criu_protobuf::rpc;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use place::Seat;
 use swrk::{Swrk, Verb};
 
 /// CRIU's own bound on collecting and freezing the tasks: the sandbox stands still for at most this long before a
@@ -138,10 +137,7 @@ pub(crate) struct DumpReport {
 ///
 /// `on_frozen` is called when the images are complete and the tasks still stand: the moment to copy the disk, and
 /// the last one to say no. When it fails the tasks go on, whatever `after` says.
-pub(crate) fn dump(
-    options: &DumpOptions<'_>,
-    mut on_frozen: impl FnMut() -> Result<(), HookError>,
-) -> Result<DumpReport, CriuError> {
+pub(crate) fn dump(options: &DumpOptions<'_>, mut on_frozen: impl FnMut() -> Result<(), HookError>) -> Result<DumpReport, CriuError> {
     let images = open_folder(options.images)?;
     let work = open_folder(options.work)?;
     let mut request = shared_options(&images, &work, Verb::Dump);

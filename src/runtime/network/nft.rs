@@ -140,7 +140,9 @@ pub(super) fn into_io(error: NftablesError) -> io::Error {
         NftablesError::NftFailed { stderr, .. } if stderr.contains("Operation not permitted") => {
             io::Error::new(io::ErrorKind::PermissionDenied, stderr.lines().next().unwrap_or_default().to_owned())
         }
-        NftablesError::NftFailed { stderr, .. } => io::Error::other(stderr.lines().next().unwrap_or("nft failed without a word").to_owned()),
+        NftablesError::NftFailed { stderr, .. } => {
+            io::Error::other(stderr.lines().next().unwrap_or("nft failed without a word").to_owned())
+        }
         other => io::Error::other(other),
     }
 }

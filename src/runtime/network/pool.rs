@@ -70,7 +70,13 @@ impl Pool {
     pub(super) fn new(limit: u32, found: Vec<u32>) -> Self {
         let found: BTreeSet<u32> = found.into_iter().collect();
         let state = State { used: found.clone(), found, ..State::default() };
-        Self { limit, state: Mutex::new(state), changed: Notify::new(), closing: watch::Sender::new(false), background: Mutex::new(JoinSet::new()) }
+        Self {
+            limit,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            closing: watch::Sender::new(false),
+            background: Mutex::new(JoinSet::new()),
+        }
     }
 
     /// Runs something that [`Pool::close`] waits for.

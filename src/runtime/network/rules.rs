@@ -292,11 +292,7 @@ fn redirect_named(table: &mut Transaction) {
         table.rule("redirects", vec![is(destination(), nft::text(IMPLICIT_RESOLVER)), to_dns, nft::redirect_to(DNS_PORT)]);
     }
     let named = nft::any_of(NAMED_PORTS.map(|port| Expr::Number(port.into())));
-    table.rule("redirects", vec![
-        is_not(destination(), in_set("allowed")),
-        is(nft::port_of("tcp"), named),
-        nft::redirect_to(GATE_PORT),
-    ]);
+    table.rule("redirects", vec![is_not(destination(), in_set("allowed")), is(nft::port_of("tcp"), named), nft::redirect_to(GATE_PORT)]);
 }
 
 /// What may leave leaves through the proxy; what may not is left to the refusals of `egress`.

@@ -116,19 +116,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_is_handed_to_the_proxy_unresolved() {
-        let script: [(&[u8], &[u8]); 2] =
-            [(&[5, 1, 0], &[5, 0]), (b"\x05\x01\x00\x03\x03a.b\x01\xbb", &[5, 0, 0, 1, 9, 9, 9, 9, 0, 80])];
+        let script: [(&[u8], &[u8]); 2] = [(&[5, 1, 0], &[5, 0]), (b"\x05\x01\x00\x03\x03a.b\x01\xbb", &[5, 0, 0, 1, 9, 9, 9, 9, 0, 80])];
         play(proxy(None), Target::Name("a.b".to_owned(), 443), &script).await.unwrap();
     }
 
     #[tokio::test]
     async fn user_name_and_password_are_given_when_asked_for() {
         let address = Target::Address("1.2.3.4:80".parse().unwrap());
-        let script: [(&[u8], &[u8]); 3] = [
-            (&[5, 2, 0, 2], &[5, 2]),
-            (b"\x01\x01u\x02pw", &[1, 0]),
-            (&[5, 1, 0, 1, 1, 2, 3, 4, 0, 80], &[5, 0, 0, 3, 1, b'x', 0, 1]),
-        ];
+        let script: [(&[u8], &[u8]); 3] =
+            [(&[5, 2, 0, 2], &[5, 2]), (b"\x01\x01u\x02pw", &[1, 0]), (&[5, 1, 0, 1, 1, 2, 3, 4, 0, 80], &[5, 0, 0, 3, 1, b'x', 0, 1])];
         play(proxy(Some(("u", "pw"))), address, &script).await.unwrap();
     }
 

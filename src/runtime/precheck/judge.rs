@@ -12,14 +12,11 @@ use std::path::{Path, PathBuf};
 const FILE_SYSTEMS: [&str; 5] = ["proc", "sysfs", "devpts", "tmpfs", "mqueue"];
 
 /// Anonymous inodes that survive (checkpoint.md, section 2.3).
-const ANON_INODES: [&str; 6] =
-    ["[eventfd]", "[eventpoll]", "[signalfd]", "[timerfd]", "[pidfd]", "inotify"];
+const ANON_INODES: [&str; 6] = ["[eventfd]", "[eventpoll]", "[signalfd]", "[timerfd]", "[pidfd]", "inotify"];
 
 /// Protocols whose sockets survive, as `system.sockprotoname` names them.
-const PROTOCOLS: [&str; 14] = [
-    "TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "UNIX", "UNIX-STREAM", "NETLINK", "PACKET", "RAW", "RAWv6",
-    "PING", "PINGv6",
-];
+const PROTOCOLS: [&str; 14] =
+    ["TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "UNIX", "UNIX-STREAM", "NETLINK", "PACKET", "RAW", "RAWv6", "PING", "PINGv6"];
 
 /// Character devices that a sandbox has: null, zero, full, random, urandom; tty, ptmx.
 const DEVICES: [(u64, u64); 7] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)];
@@ -71,11 +68,7 @@ pub(super) fn mount(mount: &Mount, root_device: &str) -> Option<String> {
     })
 }
 
-pub(super) fn fd<'a>(
-    facts: &FdFacts,
-    mount_ids: &HashSet<u64>,
-    namespaces: impl Iterator<Item = &'a PathBuf>,
-) -> Option<String> {
+pub(super) fn fd<'a>(facts: &FdFacts, mount_ids: &HashSet<u64>, namespaces: impl Iterator<Item = &'a PathBuf>) -> Option<String> {
     match facts {
         FdFacts::Socket(socket) => protocol(&socket.protocol),
         FdFacts::Kernel { link } => kernel_object(link, namespaces),
@@ -171,14 +164,7 @@ mod tests {
     }
 
     fn plain(link: &str) -> FileFacts {
-        FileFacts {
-            link: link.into(),
-            mode: libc::S_IFREG | 0o644,
-            device_number: 0,
-            links: 1,
-            bytes_on_disk: 4096,
-            mount_id: 45,
-        }
+        FileFacts { link: link.into(), mode: libc::S_IFREG | 0o644, device_number: 0, links: 1, bytes_on_disk: 4096, mount_id: 45 }
     }
 
     fn device_file(link: &str, major: u32, minor: u32) -> FdFacts {

@@ -13,9 +13,7 @@ pub(super) struct Status {
 
 pub(super) fn status(text: &str) -> Option<Status> {
     // The name comes first and has its line feeds escaped, so no name can fake another field.
-    let field = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
-    };
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
     // From the namespace of this /proc inwards; nested namespaces of the sandbox's own are a finding anyway.
     let pids = field("NSpid")?.split_ascii_whitespace().map_while(|pid| pid.parse().ok()).collect::<Vec<i32>>();
     Some(Status {

@@ -7,13 +7,8 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 /// Where the proxy is.
 pub(crate) const PROXY: &str = "proxy.example:1080";
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-const NAMES: [(&str, Ipv4Addr); 5] = [
-    ("one.example", ONE),
-    ("nine.example", NINE),
-    ("proxy.example", GATEWAY),
-    ("lan.example", LAN_MACHINE),
-    ("host.example", HOST),
-];
+const NAMES: [(&str, Ipv4Addr); 5] =
+    [("one.example", ONE), ("nine.example", NINE), ("proxy.example", GATEWAY), ("lan.example", LAN_MACHINE), ("host.example", HOST)];
 
 /// A question for the IPv4 addresses of a name.
 pub(crate) fn question(name: &str) -> Vec<u8> {

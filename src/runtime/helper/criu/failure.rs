@@ -13,8 +13,7 @@ const ERRORS_MAX: usize = 3;
 const LOG_BYTES_MAX: u64 = 1 << 20;
 
 /// Lines that say nothing about the cause.
-const ECHOES: [&str; 4] =
-    ["Can't setup RLIMIT_NOFILE", "Dumping FAILED", "Restoring FAILED", "Killing processes because of failure"];
+const ECHOES: [&str; 4] = ["Can't setup RLIMIT_NOFILE", "Dumping FAILED", "Restoring FAILED", "Killing processes because of failure"];
 
 /// The first real errors of the log at `path`, or what there is to say without any.
 pub(super) fn reason_in_log(path: &Path) -> String {

@@ -55,9 +55,7 @@ impl ImageView {
     pub(crate) fn make(images: &Path, work: &Path, uid_base: u32) -> Result<ImageView, ImagesError> {
         let view = ImageView { folder: folder_in(work), kept: false };
         let folder = &view.folder;
-        remove(folder)
-            .and_then(|()| std::fs::create_dir(folder))
-            .map_err(|source| ImagesError::File { path: folder.clone(), source })?;
+        remove(folder).and_then(|()| std::fs::create_dir(folder)).map_err(|source| ImagesError::File { path: folder.clone(), source })?;
         let mut moved = 0;
         for entry in read_dir(images)? {
             let target = folder.join(entry.file_name());
@@ -109,9 +107,7 @@ pub(super) fn remove(folder: &Path) -> io::Result<()> {
 }
 
 fn read_dir(images: &Path) -> Result<Vec<std::fs::DirEntry>, ImagesError> {
-    std::fs::read_dir(images)
-        .and_then(Iterator::collect)
-        .map_err(|source| ImagesError::File { path: images.to_owned(), source })
+    std::fs::read_dir(images).and_then(Iterator::collect).map_err(|source| ImagesError::File { path: images.to_owned(), source })
 }
 
 fn is_userns_image(name: &std::ffi::OsStr) -> bool {
@@ -130,8 +126,7 @@ fn link(image: &Path, target: &Path) -> Result<(), ImagesError> {
 
 fn rewrite(image: &Path, target: &Path, uid_base: u32) -> Result<(), ImagesError> {
     let bytes = std::fs::read(image).map_err(|source| ImagesError::File { path: image.to_owned(), source })?;
-    let moved = move_ids(&bytes, uid_base)
-        .map_err(|error| ImagesError::Malformed { path: image.to_owned(), detail: error.to_string() })?;
+    let moved = move_ids(&bytes, uid_base).map_err(|error| ImagesError::Malformed { path: image.to_owned(), detail: error.to_string() })?;
     std::fs::write(target, moved).map_err(|source| ImagesError::File { path: target.to_owned(), source })
 }
 
@@ -233,8 +228,8 @@ mod tests {
 
     /// `userns-11.img` as CRIU 4.2.1 wrote it: 0 → 1048576 for 65536 ids, in both maps.
     const REAL: [u8; 36] = [
-        0x19, 0x43, 0x56, 0x54, 0x06, 0x49, 0x47, 0x55, 0x18, 0, 0, 0, 0x0a, 0x0a, 0x08, 0, 0x10, 0x80, 0x80, 0x40, 0x18,
-        0x80, 0x80, 0x04, 0x12, 0x0a, 0x08, 0, 0x10, 0x80, 0x80, 0x40, 0x18, 0x80, 0x80, 0x04,
+        0x19, 0x43, 0x56, 0x54, 0x06, 0x49, 0x47, 0x55, 0x18, 0, 0, 0, 0x0a, 0x0a, 0x08, 0, 0x10, 0x80, 0x80, 0x40, 0x18, 0x80, 0x80, 0x04,
+        0x12, 0x0a, 0x08, 0, 0x10, 0x80, 0x80, 0x40, 0x18, 0x80, 0x80, 0x04,
     ];
 
     fn extents_of(image: &[u8]) -> Vec<Extent> {

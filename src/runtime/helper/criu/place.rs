@@ -44,11 +44,9 @@ pub(crate) fn prepare(notes_cache: &Path) -> Result<ProbeNotes, PlaceError> {
     bring_loopback_up().map_err(PlaceError::Loopback)?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| PlaceError::Mounts(errno.into()))?;
     let none: Option<&str> = None;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
-        .map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(|errno| PlaceError::Mounts(errno.into()))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), "/run", Some("tmpfs"), flags, Some("size=1m,mode=700"))
-        .map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), flags, Some("size=1m,mode=700")).map_err(|errno| PlaceError::Mounts(errno.into()))?;
     let cache = per_boot(notes_cache);
     let known = std::fs::copy(&cache, NOTES).is_ok();
     Ok(ProbeNotes { cache, known })

@@ -4,8 +4,8 @@
 //! and drops the restored pid.
 
 use super::failure::reason_in_log;
-use super::{CriuError, HookError};
 use super::place::Seat;
+use super::{CriuError, HookError};
 use crate::sys::command::{die_with_parent, spawn_in_cgroup};
 use crate::sys::process;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -69,8 +69,7 @@ impl Swrk {
     /// Starts CRIU as a child that dies with this process. The folders of a request are opened by this process:
     /// CRIU reads them through /proc/PID/fd of the socket's maker.
     pub(super) fn start(criu: &Path, verb: Verb, work: &Path, seat: &Seat, deadline: Duration) -> Result<Swrk, CriuError> {
-        let (process, socket) =
-            spawn(criu, seat).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
+        let (process, socket) = spawn(criu, seat).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
         let log = work.join(verb.log_name());
         Ok(Swrk { process, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
     }
@@ -149,11 +148,7 @@ impl Swrk {
             match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
                 Err(nix::errno::Errno::EINTR) => {}
                 Ok(0) if left.is_zero() => {
-                    return Err(CriuError::TimedOut {
-                        verb: self.verb.name(),
-                        deadline: self.deadline,
-                        log: self.log.clone(),
-                    });
+                    return Err(CriuError::TimedOut { verb: self.verb.name(), deadline: self.deadline, log: self.log.clone() });
                 }
                 Ok(0) => {}
                 Ok(_) => return Ok(()),

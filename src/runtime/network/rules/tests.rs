@@ -60,10 +60,13 @@ fn a_policy_with_a_proxy_is_as_written_down() {
 #[test]
 fn blocks_that_touch_or_overlap_become_one_range() {
     let blocks: Vec<Block> = ["10.0.1.0/24", "10.0.0.0/24", "10.0.0.7", "10.0.3.0/24"].iter().map(|text| text.parse().unwrap()).collect();
-    assert_eq!(ranges(&blocks), [
-        nft::range(Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 0, 1, 255)),
-        nft::range(Ipv4Addr::new(10, 0, 3, 0), Ipv4Addr::new(10, 0, 3, 255)),
-    ]);
+    assert_eq!(
+        ranges(&blocks),
+        [
+            nft::range(Ipv4Addr::new(10, 0, 0, 0), Ipv4Addr::new(10, 0, 1, 255)),
+            nft::range(Ipv4Addr::new(10, 0, 3, 0), Ipv4Addr::new(10, 0, 3, 255)),
+        ]
+    );
 }
 
 #[test]
