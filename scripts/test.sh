@@ -25,11 +25,13 @@ part() { # name command…
 # The kernel's and the SDKs' tests start from a finished template.
 part "base template" target/release/stillbox template build base --data-dir "$top/target/test-template"
 # Release, because its dependencies are built already; overflow checks are on in that profile too. One package at a
-# time: together their features would be united, and half of what is built would be built again.
-part "rules, wire, kernel" cargo test --release --locked --package stillbox --no-fail-fast
+# time: together their features would be united, and half of what is built would be built again. The code blocks in
+# documentation are illustrations, not tests.
+targets=(--lib --bins --tests)
+part "rules, wire, kernel" cargo test --release --locked --package stillbox "${targets[@]}" --no-fail-fast
 # The static agent that the release build has just embedded, not cargo's dynamic one.
 part "agent" env STILLBOX_AGENT_UNDER_TEST="$top/target/agent/x86_64-unknown-linux-gnu/agent/stillbox-agent" \
-    cargo test --release --locked --package stillbox-agent --no-fail-fast
+    cargo test --release --locked --package stillbox-agent "${targets[@]}" --no-fail-fast
 part "SDKs" tests/sdk/run
 
 "$top/scripts/tally.sh" <"$log" || status=1
