@@ -75,7 +75,7 @@ def agents_of(server):
 
 def cold(verdicts, rounds):
     print("\n== cold start (no dump is used), against runc run of the same layer")
-    server = Server(**{"sandbox.running_max": "64", "templates.restore": "false"}).start()
+    server = Server(**{"sandbox.running_max": "64", "sandbox.create_by": "cold-start"}).start()
     try:
         api = Api(server)
         layer = max((server.data_dir / "layers").iterdir(), key=lambda folder: folder.stat().st_mtime)
