@@ -93,7 +93,10 @@ test('a server inside is reached under its host name', async () => {
   const host = sandbox.getHost(8001)
   const { hostname, port } = new URL(process.env.E2B_SANDBOX_URL)
   const status = await new Promise((resolve, reject) => {
-    http.get({ hostname, port, path: '/', headers: { Host: host } }, (answer) => resolve(answer.statusCode)).on('error', reject)
+    // A connection of its own, read to its end: a kept one would keep node alive after the tests.
+    http.get({ hostname, port, path: '/', agent: false, headers: { Host: host } }, (answer) => {
+      answer.resume().on('end', () => resolve(answer.statusCode))
+    }).on('error', reject)
   })
   assert.equal(status, 200)
 })
