@@ -1,5 +1,6 @@
 """A real `stillbox serve` with a data folder and ports of its own, and the means to kill it and start it again."""
 
+import atexit
 import os
 import pathlib
 import shlex
@@ -30,8 +31,9 @@ def free_port():
 class Server:
     """One server. `start` may be called again after `kill9` or `stop`: the data folder and the ports stay."""
 
-    # Layers never change, so the servers of one run share the first one's files by hard links.
-    first_data_dir = None
+    # Layers never change, so the servers of one run share those of a folder that no server uses: a served folder is a
+    # mount of its own, and hard links do not cross mounts.
+    template_dir = None
 
     def __init__(self, **settings):
         self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-"))
@@ -55,9 +57,7 @@ class Server:
     def start(self):
         self.take_layers()
         log = open(self.log_path, "ab")
-        archive = os.environ.get("STILLBOX_TEST_BASE")
-        source = [f"--template-archive={archive}"] if archive else []
-        self.process = subprocess.Popen(self.command("serve", *source), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
+        self.process = subprocess.Popen(self.command("serve"), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
         deadline = time.monotonic() + START_S_MAX
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -70,13 +70,17 @@ class Server:
         raise RuntimeError(f"the server did not answer within {START_S_MAX} s:\n{self.log()[-4000:]}")
 
     def take_layers(self):
-        """Takes over the base template of the first server of this run, which unpacked it."""
-        first = Server.first_data_dir
-        if first is None:
-            Server.first_data_dir = self.data_dir
-        elif first != self.data_dir and first.exists() and not (self.data_dir / "layers").exists():
-            for folder in ("layers", "templates"):
-                subprocess.run(["cp", "-al", str(first / folder), str(self.data_dir / folder)], check=True)
+        """Gives a new folder the base template by hard links; makes it once per run."""
+        if (self.data_dir / "layers").exists():
+            return
+        if Server.template_dir is None:
+            Server.template_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-template-"))
+            atexit.register(shutil.rmtree, Server.template_dir, ignore_errors=True)
+            archive = os.environ.get("STILLBOX_TEST_BASE")
+            verb = ["import", archive] if archive else ["build", "base"]
+            subprocess.run([BINARY, f"--data-dir={Server.template_dir}", "template", *verb], check=True, env=ENVIRONMENT)
+        for folder in ("layers", "templates"):
+            subprocess.run(["cp", "-al", str(Server.template_dir / folder), str(self.data_dir / folder)], check=True)
 
     def log(self):
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""

@@ -299,7 +299,7 @@ def test_what_cannot_be_paused_is_named_and_runs_on(server, sandbox):
     explained = server.cli("sandbox", "explain", sandbox.sandbox_id, check=False)
     assert "python3" in explained.stdout, explained
     assert sandbox.commands.run("echo still running").stdout == "still running\n"
-    sandbox.commands.run("sudo pkill -9 -f tracer.py; true")
+    sandbox.commands.run("sudo pkill -9 -f '[t]racer.py'; true")
     handle.disconnect()
     time.sleep(0.2)
     assert sandbox.pause()
