@@ -32,7 +32,7 @@ test: setup-test build ## everything but the emulated machine: rules, wire, kern
 	@scripts/test.sh
 
 vm-test: setup-test build ## the same binary on Debian's 6.1 kernel with cgroup v2, in an emulated machine
-	@$(STILLBOX) template export base target/vm/base.tar.zst --data-dir target/vm/data
+	@$(STILLBOX) template export base target/vm/base.tar.zst --data-dir $(CURDIR)/target/vm/data
 	@tests/vm/run.sh $(STILLBOX) target/vm/base.tar.zst
 
 check: ## format, lints, layout, licences
