@@ -8,7 +8,8 @@ part() { echo "== $1"; shift; "$@" || { status=1; echo "== FAILED"; }; }
 
 part "format" cargo fmt --all --check
 part "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
-part "layout" cargo test --locked --quiet --test tidy
+# Release, because that is what `make build` and `make test` have built already.
+part "layout" cargo test --release --locked --quiet --test tidy
 if command -v cargo-deny >/dev/null; then
     part "licences and sources" cargo deny --locked check
 else
