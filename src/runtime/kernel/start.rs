@@ -2,7 +2,8 @@
 
 use super::live::Live;
 use super::{Kernel, Shared, network_error, step};
-use crate::model::{KernelRef, ProcessRef, SandboxId};
+use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
+use crate::runtime::devices;
 use crate::runtime::disk::{DiskError, DiskKind};
 use crate::runtime::helper::client::{HelperError, call};
 use crate::runtime::helper::container::{ColdStart, Limits};
@@ -14,6 +15,14 @@ use crate::runtime::uids::UidLease;
 use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
+
+/// Without the device that lazy fills need, every dump is read at once.
+fn lazy_min(configured: ByteSize) -> ByteSize {
+    match devices::userfaultfd() {
+        Some(_) => configured,
+        None => ByteSize(u64::MAX),
+    }
+}
 
 impl Kernel {
     pub(super) async fn start_sandbox(&self, request: StartRequest) -> Result<KernelRef, RuntimeError> {
@@ -123,7 +132,7 @@ impl Kernel {
                     network: slot.inner.clone(),
                     images: images.clone(),
                     criu: self.criu(id, criu)?,
-                    lazy_min: shared.config.lazy_restore_min,
+                    lazy_min: lazy_min(shared.config.lazy_restore_min),
                     limits,
                     deadline: shared.config.helper_time_max,
                 };

@@ -327,6 +327,32 @@ def test_ten_cycles_lose_nothing(sandbox):
     assert bytes(sandbox.files.read("blob", format="bytes")) == blob
 
 
+MUCH_MEMORY = r"""
+import hashlib, os, http.server
+memory = bytearray(os.urandom(1 << 20) * 600)
+digest = hashlib.sha256(memory).hexdigest()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = str(self.path != '/all' or hashlib.sha256(memory).hexdigest() == digest).encode()
+        self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.HTTPServer(('127.0.0.1', 7000), Handler).serve_forever()
+"""
+
+
+def test_much_memory_comes_back_lazily_and_whole_and_can_be_paused_again(server, sandbox):
+    sandbox.files.write("/tmp/much.py", MUCH_MEMORY)
+    sandbox.commands.run("exec python3 /tmp/much.py", background=True, timeout=0)
+    deadline = time.monotonic() + 30
+    while ":7000" not in sandbox.commands.run("ss -ltn").stdout and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for _ in range(2):
+        sandbox.pause()
+        sandbox.connect()
+        assert through_proxy(server, sandbox, 7000) == b"True"
+        assert through_proxy(server, sandbox, 7000, "/all") == b"True"
+
+
 def test_a_paused_one_can_be_killed_and_is_gone(server):
     sandbox = Sandbox.create(timeout=60)
     sandbox.pause()
