@@ -34,6 +34,8 @@ pub(super) struct Core {
     pub(super) ready_states: Attempts,
     tasks: Mutex<tokio::task::JoinSet<()>>,
     closing: AtomicBool,
+    /// Read by every create until its caller was answered; written by a close, which so waits for them.
+    creates: Arc<tokio::sync::RwLock<()>>,
 }
 
 /// How others reach a sandbox's driver, and what it last said of itself.
@@ -91,6 +93,7 @@ impl Core {
             ready_states: Attempts::default(),
             tasks: Mutex::default(),
             closing: AtomicBool::new(false),
+            creates: Arc::default(),
         }
     }
 
@@ -104,6 +107,16 @@ impl Core {
     /// Takes all tasks out, for [`super::Registry::close`] to await or for its drop to abort.
     pub(super) fn take_tasks(&self) -> tokio::task::JoinSet<()> {
         std::mem::take(&mut self.tasks.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Held by a create from before it begins until its caller was answered.
+    pub(super) async fn create_under_way(&self) -> tokio::sync::OwnedRwLockReadGuard<()> {
+        Arc::clone(&self.creates).read_owned().await
+    }
+
+    /// Waits until every create that was accepted has been answered.
+    pub(super) async fn creates_answered(&self) {
+        drop(self.creates.write().await);
     }
 
     pub(super) fn start_closing(&self) {

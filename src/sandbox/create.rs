@@ -86,12 +86,14 @@ enum Reserved {
 
 /// A sandbox from a build. Goes on when the caller vanishes.
 pub(super) async fn create(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>) -> Result<SandboxRecord, CreateError> {
+    let under_way = core.create_under_way().await;
     if core.is_closing() {
         return Err(CreateError::ShuttingDown);
     }
     let (reply, answer) = oneshot::channel();
     let task_core = Arc::clone(core);
     core.spawn(async move {
+        let _until_answered = under_way;
         let result = create_to_end(&task_core, spec, key).await;
         let _caller_may_be_gone = reply.send(result);
     });

@@ -241,6 +241,7 @@ impl Registry {
     /// Stops timers and drivers after the verb each is busy with. Sandboxes run on; the next server takes them over.
     pub async fn close(&self) {
         self.core.start_closing();
+        self.core.creates_answered().await;
         // Again until there are none: a create that was accepted just before may add one.
         loop {
             let handles = self.core.handles();

@@ -27,7 +27,7 @@ while True:
 HOLDER = """
 import http.server, os, sys
 size = int(sys.argv[1]) << 20
-memory = bytearray(os.urandom(1 << 20) * (size >> 20))
+memory = bytearray(os.urandom(1 << 20)) * (size >> 20)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         total = sum(memory[i] for i in range(0, size, 4096)) if self.path == '/all' else memory[0]

@@ -329,7 +329,7 @@ def test_ten_cycles_lose_nothing(sandbox):
 
 MUCH_MEMORY = r"""
 import hashlib, os, http.server
-memory = bytearray(os.urandom(1 << 20) * 600)
+memory = bytearray(os.urandom(1 << 20)) * 600
 digest = hashlib.sha256(memory).hexdigest()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
