@@ -96,7 +96,9 @@ pub(super) async fn ensure(core: &Arc<Core>, id: BuildId) -> Result<(), ReadySta
 }
 
 async fn make(core: &Arc<Core>, build: BuildRecord) -> Result<(), ReadyStateError> {
-    if !core.ready_states.begin(build.id) {
+    // Its sandbox is nobody's: a close that did not wait for the end would leave it running.
+    let _until_removed = core.create_under_way().await;
+    if core.is_closing() || !core.ready_states.begin(build.id) {
         return Ok(());
     }
     let begun = Instant::now();
