@@ -127,6 +127,25 @@ def show(name, seconds):
     return values
 
 
+def creates_in_a_row(api, rounds, create):
+    """(seconds of each, failures, creates per second): one after the other, the one before killed after each."""
+    row, failures, previous = [], 0, api.create()
+    started = time.perf_counter()
+    for _ in range(rounds):
+        try:
+            seconds, sandbox = timed(lambda: create(api))
+        except RuntimeError as error:
+            failures += 1
+            print("failed:", error)
+            continue
+        row.append(seconds)
+        previous.kill()
+        previous = sandbox
+    rate = rounds / (time.perf_counter() - started)
+    previous.kill()
+    return row, failures, rate
+
+
 class Verdicts:
     """Promises next to what was measured; a broken one makes the run fail."""
 
@@ -151,4 +170,4 @@ def machine():
     return f"{os.cpu_count()} x {model}, Linux {platform.release()}, load {load:.1f} at the start"
 
 
-__all__ = ["Api", "Sandbox", "Server", "Verdicts", "machine", "show", "summary", "timed"]
+__all__ = ["Api", "Sandbox", "Server", "Verdicts", "creates_in_a_row", "machine", "show", "summary", "timed"]

@@ -9,9 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 
-from measure import Api, Server, Verdicts, machine, show, timed
+from measure import Api, Server, Verdicts, creates_in_a_row, machine, show, timed
 
 
 class Runc:
@@ -109,20 +108,7 @@ def warm(verdicts, server, rounds):
     eight = show("create -> first command's output, 8 at once", together)
     verdicts.hold("8 creates at once, each / one alone", eight["median"] / one["median"], 3, "x")
 
-    row, previous, failures = [], api.create(), 0
-    started = time.perf_counter()
-    for _ in range(rounds):
-        try:
-            seconds, sandbox = timed(lambda: create_and_run(api))
-        except RuntimeError as error:
-            failures += 1
-            print("failed:", error)
-            continue
-        row.append(seconds)
-        previous.kill()
-        previous = sandbox
-    rate = rounds / (time.perf_counter() - started)
-    previous.kill()
+    row, failures, rate = creates_in_a_row(api, rounds, create_and_run)
     values = show(f"{rounds} creates in a row, one killed per create", row)
     print(f"  steady rate {rate:.1f} creates per second")
     verdicts.hold("failures", failures, 0)

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 
-from measure import Api, Sandbox, Server, Verdicts, machine, show, timed
+from measure import Api, Sandbox, Server, Verdicts, creates_in_a_row, machine, show, timed
 
 # Ticks in memory; tells its longest pause between two ticks, which is how long it stood still.
 TICKER = """
@@ -86,20 +86,7 @@ def pause_and_resume(verdicts, api, rounds):
 
 def creates(verdicts, api, rounds):
     print(f"\n== create from the template's dump, {rounds} back to back, one killed per create")
-    row, failures, previous = [], 0, api.create()
-    started = time.perf_counter()
-    for _ in range(rounds):
-        try:
-            seconds, sandbox = timed(lambda: first_command(api))
-        except RuntimeError as error:
-            failures += 1
-            print("failed:", error)
-            continue
-        row.append(seconds)
-        previous.kill()
-        previous = sandbox
-    rate = rounds / (time.perf_counter() - started)
-    previous.kill()
+    row, failures, rate = creates_in_a_row(api, rounds, first_command)
     values = show("create -> first command's output", row)
     print(f"  steady rate {rate:.1f} creates per second; pool sizes are the defaults of config/stillbox.toml")
     verdicts.hold("create -> first command", values["median"], 30, " ms")
