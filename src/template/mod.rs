@@ -6,6 +6,7 @@
 pub mod archive;
 pub mod bootstrap;
 mod catalog;
+pub mod image;
 pub mod layer;
 mod mirror;
 pub mod recipe;
