@@ -154,7 +154,8 @@ pub fn copy_image(from: &Path, to: &Path) -> Result<(), DiskError> {
 }
 
 /// No journal: after a crash of the host a sandbox is cold-booted or thrown away, and a journal would double what is
-/// written. No reserved blocks: root inside is not our root. Inode tables are zeroed when first used.
+/// written. No reserved blocks: root inside is not our root. Inode tables are zeroed when first used. No room for
+/// growth, and the maps side by side: every sandbox begins with a copy of this, 0.3 MB instead of 4.4.
 fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
     let contents = PathBuf::from(format!("{}.contents", path.display()));
     make_disk_folder_io(&contents).map_err(failed("make", &contents))?;
@@ -163,7 +164,8 @@ fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
     let made = Command::new("mkfs.ext4")
         .env_clear()
         .env("PATH", TOOL_PATH)
-        .args(["-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", "-d"])
+        .args(["-q", "-F", "-m", "0", "-O", "^has_journal,^resize_inode", "-E"])
+        .args(["lazy_itable_init=1,nodiscard,packed_meta_blocks=1,root_owner=0:0", "-d"])
         .arg(&contents)
         .arg(path)
         .output();

@@ -171,6 +171,10 @@ fn a_recycled_slot_knows_nothing_of_its_last_sandbox() {
 
         let second = world.sandbox(&network, &open()).await;
         assert_eq!(second.ask(ONE).unwrap(), HOST);
+        network.release(second.end()).await.unwrap();
+        let third = world.lease(&network, SandboxId::random(), &open()).await;
+        assert_eq!(third.inner.slot_netns, pin);
+        assert!(!run("conntrack", &["-L"]).contains("src=10."), "the second sandbox's connections on the host");
     });
 }
 

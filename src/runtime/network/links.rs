@@ -1,7 +1,7 @@
 //! rtnetlink for code that blocks: one connection in the netns of the calling thread, one answer at a time.
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkMessage};
+use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -69,6 +69,17 @@ pub(super) async fn index_of(handle: &Handle, name: &str) -> io::Result<Option<u
         Err(error) if errno(&error) == Some(nix::libc::ENODEV) => Ok(None),
         Err(error) => Err(into_io(error)),
     }
+}
+
+/// Packets that a link has received since it was made.
+pub(super) async fn packets_received(handle: &Handle, index: u32) -> io::Result<u64> {
+    let mut found = handle.link().get().match_index(index).execute();
+    let link = found.try_next().await.map_err(into_io)?;
+    let counted = link.iter().flat_map(|link| &link.attributes).find_map(|attribute| match attribute {
+        LinkAttribute::Stats64(stats) => Some(stats.rx_packets),
+        _ => None,
+    });
+    counted.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("link {index} counts no packets")))
 }
 
 /// Removes a link by name; succeeds when there is none.

@@ -12,6 +12,8 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Longest name that a link may have.
 const LINK_NAME_BYTES_MAX: usize = 15;
@@ -56,7 +58,12 @@ pub(super) struct Slot {
     pub(super) netns: Netns,
     /// Index of the host's end.
     host_index: u32,
+    /// Packets that had come out of it when its connections were last forgotten.
+    forgotten: Arc<AtomicU64>,
 }
+
+/// Of a slot that an earlier server made: nobody knows what came out of it.
+const UNKNOWN: u64 = u64::MAX;
 
 impl Slot {
     /// Makes a slot that lets everything out. Blocks for some 20 ms. On failure nothing is left.
@@ -83,7 +90,7 @@ impl Slot {
                 link_outside(plan, number, &name, &outside).await
             })
         })?;
-        Ok(Self { number, netns, host_index })
+        Ok(Self { number, netns, host_index, forgotten: Arc::default() })
     }
 
     /// Finds a slot that an earlier server made; `NotFound` when it is not whole.
@@ -92,7 +99,7 @@ impl Slot {
         let name = plan.link_name(number);
         let found = plan.home.run(|| on_netlink(async |handle| links::index_of(&handle, &name).await))?;
         let host_index = found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("link {name} is gone")))?;
-        Ok(Self { number, netns, host_index })
+        Ok(Self { number, netns, host_index, forgotten: Arc::new(AtomicU64::new(UNKNOWN)) })
     }
 
     /// Replaces the egress rules. Blocks for the few milliseconds that `nft` takes.
@@ -115,7 +122,18 @@ impl Slot {
             }
             conntrack::flush()
         })?;
-        forget_connections(plan, self.number)
+        self.forget_outside(plan)
+    }
+
+    /// The host knows of connections only when packets came out: a sandbox that never spoke to the world is spared the
+    /// walk through the host's whole table, 12 ms of CPU.
+    fn forget_outside(&self, plan: &SlotPlan) -> io::Result<()> {
+        let came_out = plan.home.run(|| on_netlink(async |handle| links::packets_received(&handle, self.host_index).await))?;
+        if came_out != self.forgotten.load(Ordering::Relaxed) {
+            forget_connections(plan, self.number)?;
+            self.forgotten.store(came_out, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
