@@ -69,8 +69,9 @@ pub(super) fn run(config: &Config, command: TemplateCommand) -> Outcome {
             Ok(ExitCode::SUCCESS)
         }
         TemplateCommand::Import { file } => {
-            let manifest = archive::import(&file, &config.data_dir, config.template.limits)?;
+            let archive::Imported { manifest, held } = archive::import(&file, &config.data_dir, config.template.limits)?;
             bootstrap::save(&manifest, &config.data_dir)?;
+            drop(held);
             println!("template {} is in {}", harmless(&manifest.name), config.data_dir.display());
             Ok(ExitCode::SUCCESS)
         }

@@ -5,6 +5,7 @@
 //! The cache of finished bootstraps holds such archives too. An archive from elsewhere is hostile input.
 
 use super::layer::{self, Incoming, LayerError};
+use super::lease::Lease;
 use super::unpack::{HeaderBudget, UnpackError, UnpackLimits, shown, unpack};
 use crate::model::Resources;
 use serde::{Deserialize, Serialize};
@@ -185,15 +186,24 @@ impl Write for Counter {
     }
 }
 
+/// A template whose layers are all there.
+#[derive(Debug)]
+pub struct Imported {
+    /// What the archive holds.
+    pub manifest: Manifest,
+    /// Keeps the layers until something names them.
+    pub held: Vec<Lease>,
+}
+
 /// Brings an archive's layers into `data_dir` and answers what it holds. Layers that are there already are not unpacked
 /// again. On failure nothing is left of the layer that failed; those before it stay, as good as any.
-pub fn import(file: &Path, data_dir: &Path, limits: UnpackLimits) -> Result<Manifest, ArchiveError> {
+pub fn import(file: &Path, data_dir: &Path, limits: UnpackLimits) -> Result<Imported, ArchiveError> {
     let opened = fs::File::open(file).map_err(|source| ArchiveError::File { doing: "open", path: file.to_owned(), source })?;
     import_from(opened, file, data_dir, limits)
 }
 
 /// [`import`] from anything that can be read; `file` is its name in errors.
-pub(super) fn import_from(from: impl Read, file: &Path, data_dir: &Path, limits: UnpackLimits) -> Result<Manifest, ArchiveError> {
+pub(super) fn import_from(from: impl Read, file: &Path, data_dir: &Path, limits: UnpackLimits) -> Result<Imported, ArchiveError> {
     let failed = |source| ArchiveError::File { doing: "read", path: file.to_owned(), source };
     let wrong = |problem: String| ArchiveError::Form { path: file.to_owned(), problem };
     let reader = zstd::Decoder::new(from).map_err(failed)?;
@@ -209,9 +219,10 @@ pub(super) fn import_from(from: impl Read, file: &Path, data_dir: &Path, limits:
     }
     let manifest = read_manifest(&mut first, file)?;
     drop(first);
-    if manifest.layers.iter().all(|id| layer::folder_of(data_dir, id).exists()) {
-        return Ok(manifest);
+    if let Some(held) = hold_all(data_dir, &manifest.layers)? {
+        return Ok(Imported { manifest, held });
     }
+    let mut held = Vec::new();
     for id in &manifest.layers {
         budget.expect_header();
         let entry = entries.next().ok_or_else(|| wrong(format!("layer {id} is missing")))?.map_err(failed)?;
@@ -219,15 +230,25 @@ pub(super) fn import_from(from: impl Read, file: &Path, data_dir: &Path, limits:
         if *entry.path_bytes() != *format!("layers/{id}.tar").as_bytes() {
             return Err(wrong(format!("entry '{}' stands where layer {id} belongs", shown(&entry.path_bytes()))));
         }
-        if layer::folder_of(data_dir, id).exists() {
+        if let Some(lease) = hold(data_dir, id)? {
+            held.push(lease);
             continue;
         }
         let incoming = Incoming::new(data_dir)?;
         let unpacked = unpack(entry, &incoming.rootfs(), limits);
         unpacked.map_err(|source| ArchiveError::Unpack { path: file.to_owned(), layer: id.clone(), source })?;
-        incoming.commit(Some(id))?;
+        held.push(incoming.commit(Some(id))?);
     }
-    Ok(manifest)
+    Ok(Imported { manifest, held })
+}
+
+fn hold(data_dir: &Path, id: &str) -> Result<Option<Lease>, LayerError> {
+    Lease::take(data_dir, id).map_err(layer::io_error("lock", &layer::folder_of(data_dir, id)))
+}
+
+/// All of them, or `None` when one is missing.
+fn hold_all(data_dir: &Path, ids: &[String]) -> Result<Option<Vec<Lease>>, LayerError> {
+    ids.iter().map(|id| hold(data_dir, id)).collect()
 }
 
 fn read_manifest(entry: &mut impl Read, file: &Path) -> Result<Manifest, ArchiveError> {
@@ -257,7 +278,7 @@ mod tests {
         let incoming = Incoming::new(data_dir.path()).unwrap();
         fs::create_dir(incoming.rootfs().join("etc")).unwrap();
         fs::write(incoming.rootfs().join("etc/motd"), "hello\n").unwrap();
-        let layer = incoming.commit(None).unwrap();
+        let layer = incoming.commit(None).unwrap().id().to_owned();
         (data_dir, Manifest::of_recipe(&super::super::Recipe::built_in("base").unwrap(), layer))
     }
 
@@ -290,10 +311,10 @@ mod tests {
         let (_from, manifest, file) = exported();
         let to = tempfile::tempdir().unwrap();
         let arrived = import(&file, to.path(), UnpackLimits::default()).unwrap();
-        assert_eq!(arrived, manifest);
+        assert_eq!(arrived.manifest, manifest);
         let motd = layer::folder_of(to.path(), &manifest.layers[0]).join("etc/motd");
         assert_eq!(fs::read_to_string(motd).unwrap(), "hello\n");
-        assert_eq!(import(&file, to.path(), UnpackLimits::default()).unwrap(), manifest, "a second import changes nothing");
+        assert_eq!(import(&file, to.path(), UnpackLimits::default()).unwrap().manifest, manifest, "a second import changes nothing");
     }
 
     #[test]

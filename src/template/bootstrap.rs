@@ -5,8 +5,9 @@
 //! (half of its time is fsync otherwise), gives a tar on its standard output, and that is unpacked like any other.
 //! Blocking; never touches the store.
 
-use super::archive::{self, ArchiveError, Manifest};
+use super::archive::{self, ArchiveError, Imported, Manifest};
 use super::layer::{self, Incoming, LayerError};
+use super::lease::Lease;
 use super::mirror::{self, MirrorError, Mirrors};
 use super::unpack::{UnpackError, unpack};
 use super::{Recipe, TemplateConfig};
@@ -86,15 +87,17 @@ pub fn ensure(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) 
         return Ok(manifest);
     }
     let started = Instant::now();
-    let manifest = match from_cache(recipe, config, progress) {
-        Some(manifest) => manifest,
+    let Imported { manifest, held } = match from_cache(recipe, config, progress) {
+        Some(imported) => imported,
         None => {
-            let manifest = Manifest::of_recipe(recipe, bootstrap(recipe, config, progress)?);
+            let layer = bootstrap(recipe, config, progress)?;
+            let manifest = Manifest::of_recipe(recipe, layer.id().to_owned());
             put_in_cache(&manifest, config, progress);
-            manifest
+            Imported { manifest, held: vec![layer] }
         }
     };
     save(&manifest, &config.data_dir)?;
+    drop(held);
     progress(&format!("template {} is ready after {:.1} s", recipe.name, started.elapsed().as_secs_f64()));
     Ok(manifest)
 }
@@ -139,14 +142,14 @@ fn cache_files(config: &TemplateConfig, name: &str, origin: &str) -> Option<(Pat
 }
 
 /// The cache saves time and is never trusted: a wrong sum or a bad archive means making it anew.
-fn from_cache(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -> Option<Manifest> {
+fn from_cache(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -> Option<Imported> {
     let (file, sum_file) = cache_files(config, &recipe.name, &recipe.hash)?;
     let wanted = fs::read_to_string(&sum_file).ok()?;
     let problem = match sum_of(&file) {
         Ok(sum) if sum == wanted.trim() => match archive::import(&file, &config.data_dir, config.limits) {
-            Ok(manifest) if manifest.origin == recipe.hash && manifest.name == recipe.name => {
+            Ok(imported) if imported.manifest.origin == recipe.hash && imported.manifest.name == recipe.name => {
                 progress(&format!("template {} unpacked from {}", recipe.name, file.display()));
-                return Some(manifest);
+                return Some(imported);
             }
             Ok(_) => "it holds another template".to_owned(),
             Err(error) => with_causes(&error),
@@ -196,8 +199,8 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 
 // ---------------------------------------------------------------- mmdebstrap
 
-/// Makes the recipe's root file system from packages and answers the layer's id.
-fn bootstrap(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -> Result<String, BootstrapError> {
+/// Makes the recipe's root file system from packages and answers the layer.
+fn bootstrap(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -> Result<Lease, BootstrapError> {
     if !Path::new(KEYRING).exists() {
         return Err(BootstrapError::Keyring);
     }

@@ -169,11 +169,12 @@ impl Templates {
 /// From the archive where one is given, else from wherever [`bootstrap::ensure`] finds it.
 fn make(recipe: &Recipe, config: &TemplateConfig, progress: fn(&str)) -> Result<Manifest, BuiltInError> {
     let Some(file) = &config.archive else { return Ok(bootstrap::ensure(recipe, config, &progress)?) };
-    let manifest = archive::import(file, &config.data_dir, config.limits)?;
+    let archive::Imported { manifest, held } = archive::import(file, &config.data_dir, config.limits)?;
     if manifest.name != recipe.name {
         return Err(BuiltInError::OtherTemplate { found: manifest.name, wanted: recipe.name.clone() });
     }
     bootstrap::save(&manifest, &config.data_dir)?;
+    drop(held);
     Ok(manifest)
 }
 

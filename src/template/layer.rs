@@ -3,7 +3,10 @@
 //! A layer's id is the SHA-256 of the tar that [`write_tar`] makes of it: sorted, complete, the same on every machine. So a
 //! layer can be checked against its name at any time, and two ways to the same files lead to one folder.
 //! [`Incoming`] is a folder being filled: written aside, synced, renamed. Tars are hostile input: [`super::unpack`].
+//! What a layer takes away of those below it is overlayfs' on disk and OCI's in the tar: [`super::whiteout`].
 
+use super::lease::Lease;
+use super::whiteout;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -101,23 +104,32 @@ impl Incoming {
         &self.folder
     }
 
-    /// Names it after its content, brings it to stable storage, puts it in place and answers its id. With `expected`,
-    /// content of another id is refused. A layer that is there already stays; this copy is removed.
-    pub fn commit(self, expected: Option<&str>) -> Result<String, LayerError> {
+    /// Names it after its content, brings it to stable storage, puts it in place and holds it for the caller. With
+    /// `expected`, content of another id is refused. A layer that is there already stays; this copy is removed.
+    pub fn commit(self, expected: Option<&str>) -> Result<Lease, LayerError> {
         let rootfs = self.rootfs();
         let id = id_of(&rootfs)?;
         if let Some(expected) = expected.filter(|expected| **expected != id) {
             return Err(LayerError::Mismatch { expected: expected.to_owned(), found: id });
         }
         let place = self.layers.join(&id);
-        if place.exists() {
-            return Ok(id);
-        }
         let handle = fs::File::open(&rootfs).map_err(io_error("open", &rootfs))?;
+        let new = Lease::of_new(&handle, &id).map_err(io_error("lock", &rootfs))?;
+        let present = || Lease::take_in(&self.layers, &id).map_err(io_error("lock", &place));
+        if let Some(held) = present()? {
+            return Ok(held);
+        }
         sync_file_system(&handle).map_err(io_error("sync", &rootfs))?;
-        fs::rename(&rootfs, &place).map_err(io_error("rename", &rootfs))?;
+        match fs::rename(&rootfs, &place) {
+            Ok(()) => {}
+            // Another one with the same content was quicker.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                return present()?.ok_or(LayerError::Io { doing: "rename", path: rootfs, source: error });
+            }
+            Err(error) => return Err(io_error("rename", &rootfs)(error)),
+        }
         fs::File::open(&self.layers).and_then(|folder| folder.sync_all()).map_err(io_error("sync", &self.layers))?;
-        Ok(id)
+        Ok(new)
     }
 }
 
@@ -190,6 +202,12 @@ fn pack_entry<W: Write>(rootfs: &Path, inside: &Path, first_names: &mut FirstNam
     let on_disk = below(rootfs, inside);
     let metadata = fs::symlink_metadata(&on_disk).map_err(io_error("read", &on_disk))?;
     let name = below(Path::new("."), inside);
+    if whiteout::is_gone(&metadata) {
+        return append_mark(&whiteout::name_of_gone(&name), tar).map_err(io_error("pack", &on_disk));
+    }
+    if inside.file_name().is_some_and(whiteout::is_reserved) {
+        return Err(LayerError::Unwanted { path: inside.to_owned(), kind: "reserved name" });
+    }
     let mut header = header_of(&metadata);
     let kind = metadata.file_type();
     let failed = io_error("pack", &on_disk);
@@ -197,6 +215,9 @@ fn pack_entry<W: Write>(rootfs: &Path, inside: &Path, first_names: &mut FirstNam
         append_records(attributes_of(&on_disk)?, tar).map_err(io_error("pack", &on_disk))?;
         header.set_entry_type(tar::EntryType::Directory);
         tar.append_data(&mut header, &name, io::empty()).map_err(failed)?;
+        if whiteout::is_opaque(&on_disk).map_err(io_error("read the attributes of", &on_disk))? {
+            append_mark(&whiteout::name_of_opaque(&name), tar).map_err(io_error("pack", &on_disk))?;
+        }
         let mut children: Vec<_> = fs::read_dir(&on_disk)
             .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.file_name())).collect())
             .map_err(io_error("list", &on_disk))?;
@@ -247,6 +268,17 @@ fn append_link<W: Write>(
     } else {
         header.set_link_name_literal(target)?;
     }
+    tar.append_data(&mut header, name, io::empty())
+}
+
+/// An empty file of a reserved name.
+fn append_mark<W: Write>(name: &Path, tar: &mut tar::Builder<W>) -> io::Result<()> {
+    let mut header = tar::Header::new_gnu();
+    for set in [tar::Header::set_uid, tar::Header::set_gid, tar::Header::set_mtime, tar::Header::set_size] {
+        set(&mut header, 0);
+    }
+    header.set_mode(0);
+    header.set_entry_type(tar::EntryType::Regular);
     tar.append_data(&mut header, name, io::empty())
 }
 
@@ -328,11 +360,14 @@ mod tests {
         let data_dir = tempfile::tempdir().unwrap();
         let incoming = Incoming::new(data_dir.path()).unwrap();
         furnish(&incoming.rootfs());
-        let id = incoming.commit(None).unwrap();
-        assert!(folder_of(data_dir.path(), &id).join("etc/passwd").exists());
+        let layer = incoming.commit(None).unwrap();
+        assert!(folder_of(data_dir.path(), layer.id()).join("etc/passwd").exists());
         drop(Incoming::new(data_dir.path()).unwrap());
+        let again = Incoming::new(data_dir.path()).unwrap();
+        furnish(&again.rootfs());
+        assert_eq!(again.commit(None).unwrap().id(), layer.id());
         let names: Vec<_> = fs::read_dir(data_dir.path().join("layers")).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(names, [id.as_str()]);
+        assert_eq!(names, [layer.id()]);
     }
 
     #[test]

@@ -8,12 +8,15 @@ pub mod bootstrap;
 mod catalog;
 pub mod image;
 pub mod layer;
+pub mod lease;
 mod mirror;
 pub mod recipe;
 pub mod unpack;
+mod whiteout;
 
 pub use archive::Manifest;
 pub use catalog::{BuiltInError, RemoveError, ResolveError, Resolved, Templates};
+pub use lease::Lease;
 pub use mirror::MirrorError;
 pub use recipe::Recipe;
 pub use unpack::UnpackLimits;

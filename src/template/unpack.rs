@@ -3,12 +3,14 @@
 //! Nothing an archive says can reach outside the folder it is unpacked into. That folder is new and private, so what
 //! this unpacker made itself is all that is there: an entry whose parent is anything but a folder made before, is
 //! refused, and with it every way through a link. Device nodes are refused wherever they are; everything below /dev is
-//! left out, since the runtime makes that itself. Every refusal names the entry.
+//! left out, since the runtime makes that itself, and so is what the agent keeps below /run/stillbox. Files with reserved
+//! names take away what layers below have (whiteout.rs). Every refusal names the entry.
 
 use super::layer::{ATTRIBUTE_KEY, is_kept_attribute};
+use super::whiteout::{self, Mark};
 use crate::model::ByteSize;
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
@@ -84,7 +86,7 @@ pub struct Unpacked {
     pub entries: u64,
     /// Bytes of all files together.
     pub bytes: u64,
-    /// Entries below /dev that were left out.
+    /// Entries below /dev and /run/stillbox that were left out.
     pub left_out: u64,
 }
 
@@ -160,6 +162,8 @@ enum Made {
     Folder,
     File,
     Link,
+    /// A whiteout.
+    Gone,
 }
 
 /// Owner, permissions, time and attributes of an entry.
@@ -178,13 +182,15 @@ struct Target<'a> {
     made: HashMap<PathBuf, Made>,
     /// Set last, deepest first: writing into a folder changes its time, and its mode may forbid it.
     folders: BTreeMap<PathBuf, Facts>,
+    /// Folders that hide what is below them.
+    opaque: BTreeSet<PathBuf>,
     done: Unpacked,
 }
 
 impl<'a> Target<'a> {
     fn new(rootfs: &'a Path, limits: UnpackLimits) -> Self {
         let made = HashMap::from([(PathBuf::new(), Made::Folder)]);
-        Self { rootfs, limits, made, folders: BTreeMap::new(), done: Unpacked::default() }
+        Self { rootfs, limits, made, folders: BTreeMap::new(), opaque: BTreeSet::new(), done: Unpacked::default() }
     }
 
     fn place<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<(), UnpackError> {
@@ -195,7 +201,7 @@ impl<'a> Target<'a> {
         if matches!(kind, tar::EntryType::XGlobalHeader) {
             return Ok(());
         }
-        if path.starts_with("dev") && path != Path::new("dev") {
+        if is_left_out(&path) {
             self.done.left_out += 1;
             return Ok(());
         }
@@ -204,13 +210,20 @@ impl<'a> Target<'a> {
             let limit = format!("{} entries", self.limits.entries_max);
             return Err(UnpackError::TooLarge { entry: name, limit, key: "template.import_entries_max" });
         }
+        if let Some(mark) = Mark::of(&path).map_err(refused)? {
+            self.check_parents(&path).map_err(refused)?;
+            return self.place_mark(&mark).map_err(|source| UnpackError::Write { entry: name, source });
+        }
         self.check_place(&path, kind).map_err(refused)?;
         let facts = facts_of(entry).map_err(|problem| refused(&problem))?;
-        self.make_parents(&path).map_err(|source| UnpackError::Write { entry: name.clone(), source })?;
+        let unwritten = |source| UnpackError::Write { entry: name.clone(), source };
+        self.make_room(&path, kind).and_then(|()| self.make_parents(&path)).map_err(unwritten)?;
         let on_disk = self.on_disk(&path);
         let written = match kind {
             tar::EntryType::Directory => self.make_folder(&path, facts),
-            tar::EntryType::Regular | tar::EntryType::Continuous => self.write_file(entry, &name, &path, &facts)?,
+            tar::EntryType::Regular | tar::EntryType::Continuous | tar::EntryType::GNUSparse => {
+                self.write_file(entry, &name, &path, &facts)?
+            }
             tar::EntryType::Symlink => {
                 let target = entry.link_name_bytes().ok_or_else(|| refused("it is a link without a target"))?;
                 self.made.insert(path, Made::Link);
@@ -238,17 +251,22 @@ impl<'a> Target<'a> {
         if path.as_os_str().is_empty() { self.rootfs.to_owned() } else { self.rootfs.join(path) }
     }
 
-    /// Folders may come twice (their facts are then the later ones); anything else only once.
-    fn check_place(&self, path: &Path, kind: tar::EntryType) -> Result<(), &'static str> {
+    fn check_parents(&self, path: &Path) -> Result<(), &'static str> {
         for parent in path.ancestors().skip(1) {
             match self.made.get(parent) {
-                None | Some(Made::Folder) => {}
+                None | Some(Made::Folder | Made::Gone) => {}
                 Some(Made::Link) => return Err("its path leads through a link"),
                 Some(Made::File) => return Err("its path leads through a file"),
             }
         }
+        Ok(())
+    }
+
+    /// Folders may come twice (their facts are then the later ones); anything else only once.
+    fn check_place(&self, path: &Path, kind: tar::EntryType) -> Result<(), &'static str> {
+        self.check_parents(path)?;
         match self.made.get(path) {
-            None => Ok(()),
+            None | Some(Made::Gone) => Ok(()),
             Some(Made::Folder) if kind == tar::EntryType::Directory => Ok(()),
             Some(_) => Err("the archive has an earlier entry of this name"),
         }
@@ -261,8 +279,50 @@ impl<'a> Target<'a> {
             Some(Made::File) => Ok(path),
             Some(Made::Link) => Ok(path),
             Some(Made::Folder) => Err(format!("it links to '{}', which is a folder", shown(target))),
-            None => Err(format!("it links to '{}', which the archive does not have before it", shown(target))),
+            None | Some(Made::Gone) => Err(format!("it links to '{}', which the archive does not have before it", shown(target))),
         }
+    }
+
+    /// What a layer takes away and has itself is new: a file simply lies over the one below, a folder hides it.
+    fn place_mark(&mut self, mark: &Mark) -> io::Result<()> {
+        match mark {
+            Mark::Note => Ok(()),
+            Mark::Opaque(folder) => {
+                let inside = folder.join("x");
+                self.make_room(&inside, tar::EntryType::Regular)?;
+                self.make_parents(&inside)?;
+                self.opaque.insert(folder.clone());
+                Ok(())
+            }
+            Mark::Gone(path) => match self.made.get(path) {
+                Some(Made::Folder) => {
+                    self.opaque.insert(path.clone());
+                    Ok(())
+                }
+                Some(Made::File | Made::Link | Made::Gone) => Ok(()),
+                None => {
+                    self.make_room(path, tar::EntryType::Regular)?;
+                    self.make_parents(path)?;
+                    self.made.insert(path.clone(), Made::Gone);
+                    whiteout::make_gone(&self.on_disk(path))
+                }
+            },
+        }
+    }
+
+    /// Whiteouts where something new comes give way to it.
+    fn make_room(&mut self, path: &Path, kind: tar::EntryType) -> io::Result<()> {
+        for place in path.ancestors() {
+            if self.made.get(place) != Some(&Made::Gone) {
+                continue;
+            }
+            fs::remove_file(self.on_disk(place))?;
+            self.made.remove(place);
+            if place != path || kind == tar::EntryType::Directory {
+                self.opaque.insert(place.to_owned());
+            }
+        }
+        Ok(())
     }
 
     /// Folders that the archive uses and never names belong to root.
@@ -305,7 +365,7 @@ impl<'a> Target<'a> {
             let limit = self.limits.bytes_max.to_string();
             return Err(UnpackError::TooLarge { entry: name.to_owned(), limit, key: "template.import_bytes_max" });
         }
-        if written < entry.header().entry_size().unwrap_or(written) {
+        if written < entry.size() {
             return Ok(Err(io::Error::from(io::ErrorKind::UnexpectedEof)));
         }
         self.done.bytes += written;
@@ -317,8 +377,22 @@ impl<'a> Target<'a> {
             let applied = facts.apply_to(&self.on_disk(path));
             applied.map_err(|source| UnpackError::Write { entry: shown(path.as_os_str().as_bytes()), source })?;
         }
+        for path in &self.opaque {
+            let marked = whiteout::make_opaque(&self.on_disk(path));
+            marked.map_err(|source| UnpackError::Write { entry: shown(path.as_os_str().as_bytes()), source })?;
+        }
         Ok(self.done)
     }
+}
+
+/// The runtime makes these itself.
+fn is_left_out(path: &Path) -> bool {
+    (path.starts_with("dev") && path != Path::new("dev")) || path.starts_with("run/stillbox")
+}
+
+/// Labels that a kernel's security modules gave the file where it was packed: of no use here, and no harm.
+fn is_dropped_attribute(name: &[u8]) -> bool {
+    [b"security.selinux".as_slice(), b"security.ima", b"security.evm", b"security.SMACK64"].contains(&name)
 }
 
 /// The path without `./` and double slashes; the archive's own root is the empty path.
@@ -343,7 +417,13 @@ fn facts_of<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Facts, String> {
     if let Some(records) = entry.pax_extensions().map_err(|error| format!("its extended header cannot be read: {error}"))? {
         for record in records {
             let record = record.map_err(|error| format!("its extended header cannot be read: {error}"))?;
+            if record.key_bytes().starts_with(b"GNU.sparse.") {
+                return Err("it is a sparse file in pax form, which is not read; pack it without --sparse".to_owned());
+            }
             let Some(name) = record.key_bytes().strip_prefix(ATTRIBUTE_KEY.as_bytes()) else { continue };
+            if is_dropped_attribute(name) {
+                continue;
+            }
             if !is_kept_attribute(OsStr::from_bytes(name)) {
                 return Err(format!("it carries the attribute '{}'", shown(name)));
             }
@@ -389,162 +469,4 @@ impl Facts {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::MetadataExt;
-    use tar::EntryType;
-
-    /// One entry of an archive under test, written without the tar crate's own checks of names.
-    struct Sample<'a> {
-        kind: EntryType,
-        path: &'a str,
-        link: &'a str,
-        content: &'a [u8],
-    }
-
-    fn file(path: &str) -> Sample<'_> {
-        Sample { kind: EntryType::Regular, path, link: "", content: b"x" }
-    }
-
-    fn special<'a>(kind: EntryType, path: &'a str, link: &'a str) -> Sample<'a> {
-        Sample { kind, path, link, content: b"" }
-    }
-
-    fn tar_of(samples: &[Sample<'_>]) -> Vec<u8> {
-        let mut tar = tar::Builder::new(Vec::new());
-        for sample in samples {
-            let mut header = tar::Header::new_gnu();
-            header.as_gnu_mut().unwrap().name[..sample.path.len()].copy_from_slice(sample.path.as_bytes());
-            header.as_gnu_mut().unwrap().linkname[..sample.link.len()].copy_from_slice(sample.link.as_bytes());
-            header.set_entry_type(sample.kind);
-            header.set_size(sample.content.len() as u64);
-            header.set_mode(0o640);
-            let me = fs::metadata(".").unwrap();
-            header.set_uid(u64::from(me.uid()));
-            header.set_gid(u64::from(me.gid()));
-            header.set_mtime(1_700_000_000);
-            header.set_cksum();
-            tar.append(&header, sample.content).unwrap();
-        }
-        tar.into_inner().unwrap()
-    }
-
-    fn unpacked(tar: &[u8], limits: UnpackLimits) -> (tempfile::TempDir, Result<Unpacked, UnpackError>) {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("rootfs")).unwrap();
-        let outcome = unpack(tar, &folder.path().join("rootfs"), limits);
-        (folder, outcome)
-    }
-
-    fn refusal(samples: &[Sample<'_>]) -> String {
-        let (folder, outcome) = unpacked(&tar_of(samples), UnpackLimits::default());
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "something was written outside");
-        outcome.unwrap_err().to_string()
-    }
-
-    #[test]
-    fn a_path_that_leads_out_is_refused_by_name() {
-        assert_eq!(refusal(&[file("../escaped")]), "archive entry '../escaped' is refused: its path has '..'");
-        assert_eq!(refusal(&[file("a/../../escaped")]), "archive entry 'a/../../escaped' is refused: its path has '..'");
-        assert_eq!(refusal(&[file("/etc/escaped")]), "archive entry '/etc/escaped' is refused: its path is absolute");
-    }
-
-    #[test]
-    fn nothing_is_written_through_a_link() {
-        let through = [special(EntryType::Symlink, "out", "/tmp"), file("out/escaped")];
-        assert_eq!(refusal(&through), "archive entry 'out/escaped' is refused: its path leads through a link");
-        let onto = [special(EntryType::Symlink, "out", "../escaped"), file("out")];
-        assert_eq!(refusal(&onto), "archive entry 'out' is refused: the archive has an earlier entry of this name");
-        let folder_onto = [special(EntryType::Symlink, "out", ".."), special(EntryType::Directory, "out", "")];
-        assert_eq!(refusal(&folder_onto), "archive entry 'out' is refused: the archive has an earlier entry of this name");
-    }
-
-    #[test]
-    fn a_hard_link_reaches_only_files_of_the_archive() {
-        let out = refusal(&[special(EntryType::Link, "stolen", "/etc/passwd")]);
-        assert!(out.contains("it links to '/etc/passwd', and there its path is absolute"), "{out}");
-        let up = refusal(&[special(EntryType::Link, "stolen", "../../etc/passwd")]);
-        assert!(up.contains("its path has '..'"), "{up}");
-        let absent = refusal(&[special(EntryType::Link, "stolen", "etc/passwd")]);
-        assert!(absent.contains("'stolen' is refused: it links to 'etc/passwd', which the archive does not have before it"), "{absent}");
-    }
-
-    #[test]
-    fn device_nodes_are_refused_and_those_below_dev_left_out() {
-        for kind in [EntryType::Block, EntryType::Char] {
-            let message = refusal(&[special(kind, "srv/disk", "")]);
-            assert!(message.starts_with("archive entry 'srv/disk' is refused: it is a device node"), "{message}");
-        }
-        let harmless = tar_of(&[special(EntryType::Char, "./dev/console", ""), file("dev/x"), file("device"), file("./dev/pts/0")]);
-        let (folder, outcome) = unpacked(&harmless, UnpackLimits::default());
-        assert_eq!(outcome.unwrap(), Unpacked { entries: 1, bytes: 1, left_out: 3 });
-        assert!(folder.path().join("rootfs/device").exists() && !folder.path().join("rootfs/dev").exists());
-    }
-
-    #[test]
-    fn a_bomb_is_named_and_stopped_at_the_limit() {
-        let two = tar_of(&[file("first"), Sample { content: &[0; 5000], ..file("large") }]);
-        let limits = UnpackLimits { bytes_max: ByteSize(4096), entries_max: 10 };
-        let (folder, outcome) = unpacked(&two, limits);
-        assert_eq!(
-            outcome.unwrap_err().to_string(),
-            "archive entry 'large' goes beyond 4 KiB; if the archive is to be trusted, raise template.import_bytes_max"
-        );
-        assert!(fs::metadata(folder.path().join("rootfs/large")).unwrap().len() <= 4096);
-        let limits = UnpackLimits { bytes_max: ByteSize::mib(1), entries_max: 1 };
-        let (_folder, outcome) = unpacked(&two, limits);
-        assert!(outcome.unwrap_err().to_string().contains("'large' goes beyond 1 entries"));
-    }
-
-    #[test]
-    fn a_name_of_many_megabytes_is_not_read_into_memory() {
-        let mut header = tar::Header::new_gnu();
-        header.set_entry_type(EntryType::GNULongName);
-        header.set_size(1 << 40);
-        header.set_cksum();
-        let endless = header.as_bytes().chain(io::repeat(b'a'));
-        let folder = tempfile::tempdir().unwrap();
-        let error = unpack(endless, folder.path(), UnpackLimits::default()).unwrap_err();
-        let UnpackError::Damaged { after, source } = error else { panic!("{error}") };
-        assert_eq!((after.as_str(), source.to_string().contains("larger than 1 MiB")), ("(start)", true), "{source}");
-    }
-
-    #[test]
-    fn overlayfs_orders_are_refused() {
-        let mut tar = tar::Builder::new(Vec::new());
-        tar.append_pax_extensions([("SCHILY.xattr.trusted.overlay.redirect", b"/etc".as_slice())]).unwrap();
-        let mut header = tar::Header::new_gnu();
-        header.set_size(0);
-        header.set_mode(0o755);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_entry_type(EntryType::Directory);
-        tar.append_data(&mut header, "sneaky", io::empty()).unwrap();
-        let (_folder, outcome) = unpacked(&tar.into_inner().unwrap(), UnpackLimits::default());
-        let message = outcome.unwrap_err().to_string();
-        assert_eq!(message, "archive entry 'sneaky' is refused: it carries the attribute 'trusted.overlay.redirect'");
-    }
-
-    #[test]
-    fn an_archive_that_ends_early_is_damaged() {
-        let whole = tar_of(&[file("first"), Sample { content: &[7; 3000], ..file("second") }]);
-        let (_folder, outcome) = unpacked(&whole[..whole.len() - 3000], UnpackLimits::default());
-        assert!(outcome.is_err(), "{outcome:?}");
-        let (_folder, outcome) = unpacked(b"this is no tar, but it is long enough", UnpackLimits::default());
-        assert!(outcome.is_err(), "{outcome:?}");
-    }
-
-    #[test]
-    fn files_keep_their_mode_and_time_and_folders_get_theirs_last() {
-        let tar =
-            tar_of(&[special(EntryType::Directory, "closed", ""), file("closed/within"), special(EntryType::Symlink, "etc", "/closed")]);
-        let (folder, outcome) = unpacked(&tar, UnpackLimits::default());
-        outcome.unwrap();
-        for name in ["closed", "closed/within"] {
-            let metadata = fs::metadata(folder.path().join("rootfs").join(name)).unwrap();
-            assert_eq!((metadata.mode() & 0o7777, metadata.mtime()), (0o640, 1_700_000_000), "{name}");
-        }
-        assert_eq!(fs::read_link(folder.path().join("rootfs/etc")).unwrap(), Path::new("/closed"));
-    }
-}
+mod tests;
