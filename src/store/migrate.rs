@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Of `stillbox.db`. `truth/schema.sql` is where they lead.
-pub(super) const TRUTH: &[&str] = &[include_str!("truth/0001_first.sql")];
+pub(super) const TRUTH: &[&str] = &[include_str!("truth/0001_first.sql"), include_str!("truth/0002_lists_from_the_index.sql")];
 /// Of `history.db`. `history/schema.sql` is where they lead.
 pub(super) const HISTORY: &[&str] = &[include_str!("history/0001_first.sql")];
 
@@ -51,6 +51,16 @@ mod tests {
             wanted.execute_batch(schema).unwrap();
             assert_eq!(layout(&migrated(migrations)), layout(&wanted));
         }
+    }
+
+    #[test]
+    fn each_migration_keeps_the_rows_of_the_one_before() {
+        let mut connection = migrated(&TRUTH[..1]);
+        let row = "INSERT INTO sandboxes VALUES ('i1', 'running', 't', '{}', 1, 2, 3, NULL, 's', NULL, 1, NULL, NULL, NULL, NULL, 'b')";
+        connection.execute_batch(row).unwrap();
+        to_newest(&mut connection, Path::new(":memory:"), TRUTH).unwrap();
+        let kept: String = connection.query_row("SELECT id FROM sandboxes WHERE state = 'running'", [], |row| row.get(0)).unwrap();
+        assert_eq!(kept, "i1");
     }
 
     #[test]

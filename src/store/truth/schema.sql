@@ -19,8 +19,9 @@ CREATE TABLE sandboxes (
     boot_id             TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- Lists walk this index: live rows only, in the order of pages.
-CREATE INDEX sandboxes_live ON sandboxes (started_at, id)
+-- Lists walk this index: live rows only, in the order of pages. State and template are in it as well, so that rows
+-- which do not match are never fetched.
+CREATE INDEX sandboxes_live ON sandboxes (started_at, id, state, template)
     WHERE state IN ('running', 'pausing', 'paused', 'resuming');
 CREATE INDEX sandboxes_by_state ON sandboxes (state);
 CREATE INDEX sandboxes_ended ON sandboxes (ended_at) WHERE ended_at IS NOT NULL;
