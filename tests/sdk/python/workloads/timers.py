@@ -31,6 +31,41 @@ def timerfds_keep_their_ticks_and_the_time_that_is_left():
         os.close(early)
 
 
+def a_periodic_timerfd_goes_on_after_a_tick_that_nobody_had_read():
+    ticking = os.timerfd_create(time.CLOCK_MONOTONIC)
+    os.timerfd_settime(ticking, initial=0.01, interval=0.01)
+    while True:
+        assert select.select([ticking], [], [], WAIT_S_MAX)[0], "no tick before the pause"
+        yield
+        assert select.select([ticking], [], [], 0)[0], "the tick that nobody had read is lost"
+        for _ in range(4):
+            assert select.select([ticking], [], [], WAIT_S_MAX)[0], "it does not tick any more"
+            os.read(ticking, 8)
+        same(os.timerfd_gettime(ticking)[1], 0.01, "the interval")
+
+
+def timerfds_set_to_a_moment_fire_then_and_not_again():
+    over, late = (os.timerfd_create(time.CLOCK_MONOTONIC) for _ in range(2))
+    os.timerfd_settime(over, flags=os.TFD_TIMER_ABSTIME, initial=time.monotonic())
+    os.read(over, 8)
+    moment = time.monotonic() + 3600
+    os.timerfd_settime(late, flags=os.TFD_TIMER_ABSTIME, initial=moment)
+    while True:
+        yield
+        same(select.select([over], [], [], 0.1)[0], [], "what fired again")
+        off = os.timerfd_gettime(late)[0] - (moment - time.monotonic())
+        assert abs(off) < 0.5, f"it will fire {off} s after its moment"
+
+
+def an_eventfd_that_is_a_semaphore_stays_one():
+    event = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+    while True:
+        os.eventfd_write(event, 3)
+        yield
+        same([os.eventfd_read(event) for _ in range(3)], [1, 1, 1], "units, one a read")
+        same(select.select([event], [], [], 0)[0], [], "what is left")
+
+
 def an_eventfd_and_an_epoll_keep_counts_and_interests():
     event = os.eventfd(0, os.EFD_NONBLOCK)
     read, write = os.pipe()
