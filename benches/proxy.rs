@@ -14,9 +14,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stillbox::model::{
-    AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxId, SandboxSpec, Secure, TemplateId,
-};
+use stillbox::model::{BuildId, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxSpec, Secure, TemplateId};
 use stillbox::proxy::{Door, Listener, Proxy, ProxyConfig, Seen, Switchboard, serve};
 use stillbox::sandbox::{RouteError, TokenKind};
 use tokio::net::{TcpListener, TcpStream};
@@ -48,6 +46,9 @@ impl Door for OneSandbox {
     }
     async fn cut(&self) {
         std::future::pending().await
+    }
+    fn in_use(&self) -> Option<stillbox::sandbox::InUse> {
+        None
     }
 }
 
@@ -152,7 +153,7 @@ fn spec() -> SandboxSpec {
         template: TemplateId::random(),
         build: BuildId::random(),
         alias: Some("base".to_owned()),
-        lifecycle: Lifecycle { timeout: Duration::from_secs(300), on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off },
+        lifecycle: Lifecycle::of(Duration::from_secs(300)),
         resources: Resources { cpu_count: 2, memory: ByteSize::mib(512), disk: ByteSize::gib(20), pids_max: 1024 },
         network: NetworkPolicy::default(),
         metadata: BTreeMap::from([("user".to_owned(), "1".to_owned())]),

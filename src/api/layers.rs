@@ -12,12 +12,13 @@ use std::error::Error;
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Puts the layers around the routes.
-pub(super) fn around<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
-    routes
-        .fallback(unknown_path)
-        .method_not_allowed_fallback(wrong_method)
-        .layer(middleware::from_fn(cors))
-        .layer(middleware::from_fn(label))
+pub(super) fn around(routes: Router) -> Router {
+    routes.layer(middleware::from_fn(cors)).layer(middleware::from_fn(label))
+}
+
+/// Answers what no route takes.
+pub(super) fn closed<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
+    routes.fallback(unknown_path).method_not_allowed_fallback(wrong_method)
 }
 
 async fn unknown_path(request: Request) -> ApiError {

@@ -10,14 +10,19 @@ mod e2b;
 mod error;
 mod layers;
 mod native;
+mod novita;
+
+pub use novita::NovitaConfig;
 
 use crate::model::ByteSize;
 use crate::sandbox::Registry;
 use crate::template::Templates;
 use auth::Keys;
 use axum::Router;
+use axum::extract::Request;
 use std::sync::Arc;
 use std::time::Duration;
+use tower::ServiceExt;
 
 /// The control plane's knobs. Each has a key in config/stillbox.toml.
 #[derive(Clone, PartialEq, Eq)]
@@ -33,6 +38,8 @@ pub struct ApiConfig {
     pub body_bytes_max: ByteSize,
     /// How long a request body may take to arrive.
     pub body_time_max: Duration,
+    /// What only Novita's dialect knows.
+    pub novita: NovitaConfig,
 }
 
 impl std::fmt::Debug for ApiConfig {
@@ -50,6 +57,7 @@ impl ApiConfig {
             timeout_max: Duration::from_secs(24 * 3600),
             body_bytes_max: ByteSize::mib(8),
             body_time_max: Duration::from_secs(60),
+            novita: NovitaConfig::default(),
         }
     }
 }
@@ -71,7 +79,14 @@ impl ApiState {
     }
 }
 
-/// All dialects on one router.
+/// All dialects on one router. Where E2B's and Novita's paths are the same, the headers say whose a call is.
 pub fn router(state: ApiState) -> Router {
-    layers::around(e2b::routes(&state).merge(native::routes(&state))).with_state(state)
+    let routes = e2b::routes(&state).merge(native::routes(&state)).merge(novita::own(&state));
+    let common = layers::closed(routes).with_state(state.clone());
+    let novita = novita::over(&state, common.clone());
+    let by_caller = move |request: Request| {
+        let router = if novita::is_spoken_in(request.headers()) { novita.clone() } else { common.clone() };
+        router.oneshot(request)
+    };
+    layers::around(Router::new().fallback(by_caller))
 }

@@ -27,6 +27,8 @@ keys! {
     "resources.disk" => |c, v| c.resources.disk = at_least_mib(v, 256)?;
     "resources.pids_max" => |c, v| c.resources.pids_max = v.whole(64, 4_194_304)?;
     "api.body_bytes_max" => |c, v| c.api.body_bytes_max = v.size()?;
+    "novita.run_max" => |c, v| c.api.novita.run_max = v.duration()?;
+    "novita.idle_timeout_min" => |c, v| c.api.novita.idle_timeout_min = v.duration()?;
     "api.body_time_max" => |c, v| c.api.body_time_max = v.duration()?;
     "proxy.connections_max" => |c, v| c.proxy.connections_max = v.whole(16, 1_000_000)?;
     "proxy.client_idle_max" => |c, v| c.proxy.client_idle_max = v.duration()?;
@@ -34,6 +36,8 @@ keys! {
     "proxy.drain_max" => |c, v| c.proxy.drain_max = v.duration()?;
     "sandbox.timeout_max" => |c, v| c.sandbox.timeout_max = v.duration()?;
     "sandbox.running_max" => |c, v| c.sandbox.running_max = v.whole(1, 100_000)?;
+    "sandbox.cpus_max" => |c, v| c.sandbox.cpus_max = v.whole(1, 1_000_000)?;
+    "sandbox.memory_max" => |c, v| c.sandbox.memory_max = at_least_mib(v, 128)?;
     "sandbox.metrics_every" => |c, v| c.sandbox.metrics_every = v.duration()?;
     "sandbox.history_kept" => |c, v| c.sandbox.history_kept = v.duration()?;
     "sandbox.wake_wait_max" => |c, v| c.sandbox.wake_wait_max = v.duration()?;

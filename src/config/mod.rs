@@ -91,6 +91,8 @@ impl Default for Config {
                 nameservers: Vec::new(),
                 timeout_max: Duration::from_secs(24 * 3600),
                 running_max: 100,
+                cpus_max: 1000,
+                memory_max: ByteSize::gib(1024),
                 metrics_every: Duration::from_secs(2),
                 history_kept: Duration::from_secs(3600),
                 wake_wait_max: Duration::from_secs(30),

@@ -36,6 +36,8 @@ pub enum EndReason {
     Killed,
     /// Its time was up.
     TimedOut,
+    /// Nobody used it for as long as it may be idle.
+    Idle,
     /// Its pid 1 ended by itself or was killed by the kernel.
     AgentDied {
         /// What is known: exit status or signal, out of memory, host reboot.

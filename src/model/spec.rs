@@ -3,6 +3,7 @@
 use super::{BuildId, ByteSize, NetworkPolicy, TemplateId};
 use std::collections::BTreeMap;
 use std::time::Duration;
+use time::OffsetDateTime;
 
 /// What a pause keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -53,6 +54,30 @@ pub struct Lifecycle {
     pub on_timeout: OnTimeout,
     /// Whether traffic wakes it.
     pub auto_resume: AutoResume,
+    /// After so long without a request from outside its time is up, too; `None` = only its end counts.
+    #[serde(default)]
+    pub idle_max: Option<Duration>,
+    /// No run of it lasts longer, whatever ends are asked for; `None` = the server's own limit alone.
+    #[serde(default)]
+    pub run_max: Option<Duration>,
+}
+
+impl Lifecycle {
+    /// Ends by being killed after `timeout`, and nothing wakes it.
+    pub const fn of(timeout: Duration) -> Self {
+        Self { timeout, on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off, idle_max: None, run_max: None }
+    }
+
+    /// When a run that began at `started` may end at the latest.
+    pub fn latest_end(&self, started: OffsetDateTime) -> Option<OffsetDateTime> {
+        self.run_max.map(|max| started + max)
+    }
+
+    /// When a run that begins at `started` ends if its time to live is `timeout`.
+    pub fn end_of_run(&self, started: OffsetDateTime, timeout: Duration) -> OffsetDateTime {
+        let end = started + timeout;
+        self.latest_end(started).map_or(end, |latest| end.min(latest))
+    }
 }
 
 /// The limits of a sandbox, enforced by cgroups and by the size of its disk.

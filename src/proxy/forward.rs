@@ -9,6 +9,7 @@ use super::address::{ENVD_PORT, Target};
 use super::pool::{Connection, Key, Pool};
 use super::refusal::Refusal;
 use super::splice::splice;
+use crate::sandbox::InUse;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version};
@@ -51,6 +52,7 @@ struct Exchange {
     body: Incoming,
     /// Until the body is over; then the connection goes back to the pool. Dropped earlier it closes.
     connection: Option<(Connection, Arc<Pool>, Key)>,
+    in_use: Option<InUse>,
 }
 
 impl Exchange {
@@ -58,6 +60,7 @@ impl Exchange {
         if let Some((connection, pool, key)) = self.connection.take() {
             connection.done(&pool, key);
         }
+        self.in_use = None;
     }
 }
 
@@ -119,6 +122,7 @@ pub(super) async fn forward(
     door: &Arc<dyn Door>,
     target: &Target,
     request: Request<Incoming>,
+    in_use: Option<InUse>,
 ) -> Result<Response<ProxyBody>, Refusal> {
     let key = (door.id(), target.port);
     let upgrade = requested_upgrade(request.headers());
@@ -132,12 +136,12 @@ pub(super) async fn forward(
     match client {
         Some(client) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
             let sandbox = hyper::upgrade::on(&mut response);
-            tokio::spawn(splice(client, sandbox, connection, Arc::clone(door)));
+            tokio::spawn(splice(client, sandbox, connection, Arc::clone(door), in_use));
             Ok(response.map(|_no_body| ProxyBody::empty()))
         }
         // A switch that nobody asked for would leave both sides speaking different protocols.
         None if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Refusal::BadAnswer),
-        Some(_) | None => Ok(answered(response, connection, pool, key)),
+        Some(_) | None => Ok(answered(response, connection, (pool, key), in_use)),
     }
 }
 
@@ -198,13 +202,18 @@ async fn dial_once(door: &Arc<dyn Door>, port: u16) -> io::Result<Connection> {
     Connection::open(stream, Arc::clone(door)).await
 }
 
-fn answered(mut response: Response<Incoming>, connection: Connection, pool: &Arc<Pool>, key: Key) -> Response<ProxyBody> {
+fn answered(
+    mut response: Response<Incoming>,
+    connection: Connection,
+    (pool, key): (&Arc<Pool>, Key),
+    in_use: Option<InUse>,
+) -> Response<ProxyBody> {
     remove_hop_by_hop(response.headers_mut());
     // hyper frames the body anew, as the client's version of HTTP wants it.
     response.headers_mut().remove(header::TRANSFER_ENCODING);
     *response.version_mut() = Version::HTTP_11;
     response.map(|body| {
-        let mut exchange = Exchange { body, connection: Some((connection, Arc::clone(pool), key)) };
+        let mut exchange = Exchange { body, connection: Some((connection, Arc::clone(pool), key)), in_use };
         if exchange.body.is_end_stream() {
             exchange.settle();
         }

@@ -89,9 +89,7 @@ fn refuse(error: RouteError) -> Refusal {
         RouteError::Busy { .. } | RouteError::Wake(ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. }) => {
             Refusal::Transitioning
         }
-        RouteError::Wake(ConnectError::TooMany { running, limit }) => {
-            Refusal::NoPlace(format!("{running} sandboxes are running, the limit is {limit}; the paused one cannot be woken now"))
-        }
+        RouteError::Wake(ConnectError::TooMany(full)) => Refusal::NoPlace(format!("the paused sandbox cannot be woken now: {full}")),
         RouteError::Wake(failed @ (ConnectError::TooLong { .. } | ConnectError::Restore { .. } | ConnectError::Store(_))) => {
             // The core has logged it; how often clients try is theirs to choose.
             tracing::debug!(error = &failed as &dyn Error, "A request could not wake its sandbox");

@@ -21,7 +21,7 @@ pub use forward::ProxyBody;
 pub use serve::{Listener, serve};
 
 use crate::model::{SandboxId, SandboxSpec, SandboxState};
-use crate::sandbox::{Registry, Route, RouteError, TokenKind};
+use crate::sandbox::{InUse, Registry, Route, RouteError, TokenKind};
 use address::{Destination, Target};
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
@@ -80,6 +80,8 @@ pub trait Door: Send + Sync + std::fmt::Debug + 'static {
     async fn dial(&self, port: u16) -> io::Result<TcpStream>;
     /// Resolves, and does so again, when everything open must be closed. Cancel-safe.
     async fn cut(&self);
+    /// Held for as long as a request and its answer are under way.
+    fn in_use(&self) -> Option<InUse>;
 }
 
 /// What the proxy asks of the core; a trait so that the proxy is tested and measured without a sandbox.
@@ -110,6 +112,9 @@ impl Door for Route {
     }
     async fn cut(&self) {
         Self::cut(self).await;
+    }
+    fn in_use(&self) -> Option<InUse> {
+        Some(Self::in_use(self))
     }
 }
 
@@ -194,8 +199,14 @@ impl Proxy {
         let credentials = (request.method(), request.uri(), request.headers());
         hold::check_may_wake(self.switchboard.as_ref(), target, id, &seen, credentials)?;
         let door = self.holds.route(self.switchboard.as_ref(), id, &seen).await?;
-        forward::forward(&self.pool, &door, target, request).await
+        let in_use = if is_look(target.port, request.uri().path()) { None } else { door.in_use() };
+        forward::forward(&self.pool, &door, target, request, in_use).await
     }
+}
+
+/// Whether a request only looks whether the sandbox is there (the SDKs' `is_running`), which keeps nothing from being idle.
+fn is_look(port: u16, path: &str) -> bool {
+    port == ENVD_PORT && path == "/health"
 }
 
 /// Paths of envd that only this server may use, however they are spelled.

@@ -2,6 +2,7 @@
 
 use super::Door;
 use super::pool::Connection;
+use crate::sandbox::InUse;
 use futures_util::future::{Either, select};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
@@ -16,14 +17,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 const HALF_OPEN_MAX: Duration = Duration::from_secs(10);
 const BUFFER_BYTES: usize = 16 * 1024;
 
-/// Runs until the connection is over. `connection` only keeps its driver alive until the switch is made.
-pub(super) async fn splice(client: OnUpgrade, sandbox: OnUpgrade, connection: Connection, door: Arc<dyn Door>) {
+/// Runs until the connection is over. `connection` only keeps its driver alive until the switch is made; until the end the
+/// sandbox counts as used.
+pub(super) async fn splice(client: OnUpgrade, sandbox: OnUpgrade, connection: Connection, door: Arc<dyn Door>, in_use: Option<InUse>) {
     // Cancel-safe: a cut resolves again, and dropping both streams is what it is for.
     tokio::select! {
         biased;
         () = door.cut() => {}
         _ended = switch_and_copy(client, sandbox, connection) => {}
     }
+    drop(in_use);
 }
 
 async fn switch_and_copy(client: OnUpgrade, sandbox: OnUpgrade, connection: Connection) -> io::Result<()> {

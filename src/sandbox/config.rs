@@ -16,6 +16,10 @@ pub struct SandboxConfig {
     pub timeout_max: Duration,
     /// Sandboxes with processes at once.
     pub running_max: u32,
+    /// The CPU limits of sandboxes with processes together.
+    pub cpus_max: u64,
+    /// The memory limits of sandboxes with processes together.
+    pub memory_max: ByteSize,
     /// How often metrics are sampled.
     pub metrics_every: Duration,
     /// How long rows, metrics and logs of killed sandboxes are kept.

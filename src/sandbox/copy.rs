@@ -12,6 +12,7 @@ use crate::runtime::AfterDump;
 use crate::store::{snapshots, templates};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::oneshot;
 
 /// What copies start from. Dropping it lets go of the files.
@@ -33,23 +34,25 @@ pub(super) struct CopySource {
 #[derive(Debug)]
 enum Held {
     /// They were made for this source and go with it, unless they are kept.
-    Made { core: Arc<Core>, folder: DumpFolder, keep: bool },
+    Made { core: Arc<Core>, folder: DumpFolder, keep: AtomicBool },
     /// The driver of the paused sandbox waits until this is dropped.
     Still { _until_dropped: oneshot::Sender<()> },
 }
 
 impl CopySource {
     /// Hands the files over: they stay when the source is dropped.
-    pub(super) fn keep_files(&mut self) {
-        if let Held::Made { keep, .. } = &mut self.held {
-            *keep = true;
+    pub(super) fn keep_files(&self) {
+        if let Held::Made { keep, .. } = &self.held {
+            keep.store(true, Ordering::Release);
         }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Self::Made { core, folder, keep: false } = self {
+        if let Self::Made { core, folder, keep } = self
+            && !keep.load(Ordering::Acquire)
+        {
             let folder = folder.clone();
             core.spawn(async move { folder.remove().await });
         }
@@ -95,7 +98,7 @@ impl Driver {
         let row = snapshot_row(&self.core, snapshot, &self.record, &dumped).await;
         tracing::info!(sandbox.id = %self.id, standstill_ms = dumped.standstill.as_millis(), "Dumped running sandbox {}", self.id);
         let disk = folder.disk();
-        Ok(self.source(build, disk, Some(row), Held::Made { core: Arc::clone(&self.core), folder, keep: false }))
+        Ok(self.source(build, disk, Some(row), Held::Made { core: Arc::clone(&self.core), folder, keep: AtomicBool::new(false) }))
     }
 
     fn source(&self, build: BuildRecord, disk: PathBuf, dump: Option<SnapshotRecord>, held: Held) -> CopySource {

@@ -1,12 +1,13 @@
 //! What every part of this room needs: configuration, store, runtime, and the handles of all sandboxes.
 
+use super::activity::Activity;
 use super::clock::Clock;
 use super::config::SandboxConfig;
 use super::driver::Request;
 use super::error::UnknownSandbox;
 use super::failpoints::Failpoints;
 use super::logs::LogReader;
-use super::places::Places;
+use super::places::{Places, PlacesMax};
 use super::ready_state::Attempts;
 use super::timers::Timers;
 use super::tokens::InstallKey;
@@ -61,6 +62,8 @@ pub(super) struct RunView {
     pub(super) cut: watch::Receiver<bool>,
     /// For who wants its log as of now.
     pub(super) log: Arc<LogReader>,
+    /// Where its use is noted.
+    pub(super) activity: Arc<Activity>,
 }
 
 impl View {
@@ -81,7 +84,7 @@ pub struct Seams {
 impl Core {
     pub(super) fn new(config: SandboxConfig, key: InstallKey, store: Store, runtime: Arc<dyn Runtime>, seams: Seams) -> Self {
         Self {
-            places: Places::new(config.running_max),
+            places: Places::new(PlacesMax { running: config.running_max, cpus: config.cpus_max, memory: config.memory_max }),
             config,
             key,
             store,

@@ -26,13 +26,8 @@ use tokio::sync::oneshot;
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// All places are taken.
-    #[error("{running} sandboxes are running, the limit is {limit}; kill some or raise sandbox.running_max")]
-    TooMany {
-        /// Running now.
-        running: u32,
-        /// The bound.
-        limit: u32,
-    },
+    #[error(transparent)]
+    TooMany(#[from] Full),
     /// The server is stopping.
     #[error("the server is shutting down")]
     ShuttingDown,
@@ -69,12 +64,6 @@ pub enum CreateError {
     Store(#[from] StoreFailure),
 }
 
-impl From<Full> for CreateError {
-    fn from(full: Full) -> Self {
-        Self::TooMany { running: full.running, limit: full.limit }
-    }
-}
-
 /// What became of an attempt to write the first row.
 enum Reserved {
     New,
@@ -107,7 +96,7 @@ async fn create_to_end(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>)
         return earlier_one(core, earlier).await;
     }
     let build = ready_build(core, &spec).await?;
-    let place = core.places.take()?;
+    let place = core.places.take(spec.resources)?;
     let driver = Driver::of_new(core, new_record(core, spec, 1));
     let reserved = reserve(core, &driver.record, key.clone()).await;
     match reserved {
@@ -130,7 +119,7 @@ pub(super) async fn create_copy(
     if core.is_closing() {
         return Err(CreateError::ShuttingDown);
     }
-    let place = core.places.take()?;
+    let place = core.places.take(spec.resources)?;
     let mut record = new_record(core, spec, source.generation + 1);
     record.boot_id.clone_from(&source.boot_id);
     let driver = Driver::of_new(core, record);
@@ -154,7 +143,7 @@ fn new_record(core: &Core, spec: SandboxSpec, generation: u64) -> SandboxRecord 
         state: SandboxState::Creating,
         created_at: now,
         started_at: now,
-        end_at: now + spec.lifecycle.timeout,
+        end_at: spec.lifecycle.end_of_run(now, spec.lifecycle.timeout),
         spec,
         kernel: None,
         control_secret: random_secret(),

@@ -9,6 +9,8 @@
 //! Nothing here is dropped half-way: callers may vanish, the driver goes on. It ends when the sandbox is gone or when
 //! the server closes; in the second case the sandbox runs on.
 
+use super::activity::Activity;
+use super::adjust::{Adjust, AdjustError};
 use super::copy::CopySource;
 use super::core::{Core, Handle, RunView, View};
 use super::create::CreateError;
@@ -57,6 +59,13 @@ pub(super) enum Request {
         policy: NetworkPolicy,
         reply: Reply<Result<(), NetworkError>>,
     },
+    Adjust {
+        adjust: Adjust,
+        reply: Reply<Result<SandboxRecord, AdjustError>>,
+    },
+    ForgetMemory {
+        reply: Reply<Result<SandboxRecord, AdjustError>>,
+    },
     SetEnd {
         end: NewEnd,
         reply: Reply<Result<SandboxRecord, TimeoutError>>,
@@ -89,6 +98,7 @@ pub(super) struct Run {
     pub(super) cut: watch::Sender<bool>,
     pub(super) sampler: Sampler,
     pub(super) log: Arc<LogReader>,
+    pub(super) activity: Arc<Activity>,
 }
 
 /// The owner of one sandbox.
@@ -320,6 +330,11 @@ impl Driver {
         None
     }
 
+    /// Whether a verb is under way or waits.
+    pub(super) fn is_busy(&self) -> bool {
+        self.queue.is_busy()
+    }
+
     /// Whether a kill was accepted: what can be left undone is.
     pub(super) fn is_killing(&self) -> bool {
         self.queue.is_killing()
@@ -336,6 +351,8 @@ impl Driver {
                 let result = self.set_end(end).await;
                 let _caller_may_be_gone = reply.send(result);
             }
+            Request::Adjust { adjust, reply } => drop(reply.send(self.adjust(adjust).await)),
+            Request::ForgetMemory { reply } => drop(reply.send(self.forget_memory().await)),
             Request::Expired => self.expire().await,
             Request::Close => self.closing = true,
         }
@@ -389,11 +406,9 @@ impl Driver {
         if self.record.state != SandboxState::Running || self.queue.is_killing() {
             return;
         }
-        if self.record.end_at > now {
-            return self.core.timers.set(self.id, self.record.end_at);
-        }
+        let Some(reason) = self.reason_to_end(now) else { return self.watch_end() };
         match self.record.spec.lifecycle.on_timeout {
-            OnTimeout::Kill => self.accept_kill(EndReason::TimedOut, None).await,
+            OnTimeout::Kill => self.accept_kill(reason, None).await,
             OnTimeout::Pause(keep) => match self.queue.ask(Verb::Pause(keep)) {
                 Answer::Wait(_) | Answer::Already => {}
                 Answer::Denied(_) => self.core.timers.set(self.id, now + AUTO_PAUSE_RETRY),
@@ -450,8 +465,9 @@ impl Driver {
     }
 
     fn settle_pause(&mut self, ticket: Ticket, result: &Result<(), PauseFailure>) {
-        if result.is_err() && self.record.state == SandboxState::Running && self.record.end_at <= self.core.clock.now() {
-            self.core.timers.set(self.id, self.core.clock.now() + AUTO_PAUSE_RETRY);
+        let now = self.core.clock.now();
+        if result.is_err() && self.record.state == SandboxState::Running && self.reason_to_end(now).is_some() {
+            self.core.timers.set(self.id, now + AUTO_PAUSE_RETRY);
         }
         let record = self.record.clone();
         self.settle(ticket, |waiter| match waiter {
@@ -502,19 +518,24 @@ impl Driver {
         if self.kill_reason.is_some() && !record.state.is_final() {
             record.state = SandboxState::Killing;
         }
-        let run = self.run.as_ref().map(|run| RunView { cut: run.cut.subscribe(), log: Arc::clone(&run.log) });
+        let run = self.run.as_ref().map(|run| RunView {
+            cut: run.cut.subscribe(),
+            log: Arc::clone(&run.log),
+            activity: Arc::clone(&run.activity),
+        });
         self.view.send_replace(View::new(&record, run));
     }
 
     /// Opens it to requests: the record says running, its agent is initialised.
     pub(super) async fn open_run(&mut self, place: Place) {
         let log = LogReader::open(&self.core, &self.record).await;
-        let run = Run { place, cut: watch::channel(false).0, sampler: Sampler::new(), log: Arc::new(log) };
+        let activity = Arc::new(Activity::new(self.core.clock.clone()));
+        let run = Run { place, cut: watch::channel(false).0, sampler: Sampler::new(), log: Arc::new(log), activity };
         let cut = run.cut.subscribe();
         self.core.spawn(super::logs::follow(Arc::clone(&self.core), Arc::clone(&run.log), cut));
         self.run = Some(run);
         self.publish();
-        self.core.timers.set(self.id, self.record.end_at);
+        self.watch_end();
         self.sample().await;
     }
 

@@ -5,6 +5,7 @@
 use super::core::Core;
 use super::error::chain;
 use crate::model::SnapshotId;
+use crate::runtime::disk::copy_image;
 use crate::runtime::{DUMPED_FILE, Dumped};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -52,6 +53,22 @@ impl DumpFolder {
     pub(super) async fn dumped(&self) -> Option<Dumped> {
         let mark = self.images().join(DUMPED_FILE);
         blocking(move || fs::read(mark)).await.ok().and_then(|text| serde_json::from_slice(&text).ok())
+    }
+
+    /// Fills it, made and empty, with the images of `other` as hard links and a copy of `disk`.
+    pub(super) async fn copy_of(&self, other: &Self, disk: &Path) -> io::Result<()> {
+        let (from, to) = (other.images(), self.images());
+        let (disk, disk_copy) = (disk.to_owned(), self.disk());
+        blocking(move || {
+            for entry in fs::read_dir(from)? {
+                let entry = entry?;
+                if entry.file_type()?.is_file() {
+                    fs::hard_link(entry.path(), to.join(entry.file_name()))?;
+                }
+            }
+            copy_image(&disk, &disk_copy).map_err(io::Error::other)
+        })
+        .await
     }
 
     /// Puts it in place. A failure leaves it aside, where it is found as well.

@@ -6,7 +6,8 @@ use super::create::{CreateError, create_copy};
 use super::driver::{Request, answered};
 use super::error::UnknownSandbox;
 use super::pause::PauseError;
-use crate::model::{EndReason, SandboxId, SandboxRecord, SandboxSpec};
+use super::snapshot::{SnapshotInfo, store_source};
+use crate::model::{EndReason, OnTimeout, SandboxId, SandboxRecord, SandboxSpec};
 use futures_util::{StreamExt, stream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,12 @@ pub enum ForkError {
     /// One copy could not be made.
     #[error(transparent)]
     Copy(#[from] CreateError),
+}
+
+impl From<UnknownSandbox> for ForkError {
+    fn from(unknown: UnknownSandbox) -> Self {
+        Self::Source(unknown.into())
+    }
 }
 
 /// Whether some copies may be missing.
@@ -44,6 +51,15 @@ pub struct Fork {
     pub timeout: Duration,
     /// Whether some may be missing.
     pub strictness: Strictness,
+    /// Replaces the source's when given.
+    pub on_timeout: Option<OnTimeout>,
+}
+
+impl Fork {
+    /// Copies that end as their source would.
+    pub const fn of(count: u32, timeout: Duration, strictness: Strictness) -> Self {
+        Self { count, timeout, strictness, on_timeout: None }
+    }
 }
 
 /// Each copy or why it is missing.
@@ -51,20 +67,47 @@ pub type Copies = Vec<Result<SandboxRecord, CreateError>>;
 
 /// Copies a sandbox. Runs in a task of its own, so that all-or-none holds when the caller vanishes.
 pub(super) async fn fork(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<Copies, ForkError> {
-    let (reply, answer) = oneshot::channel();
     let task_core = Arc::clone(core);
-    core.spawn(async move {
-        let result = fork_to_end(&task_core, id, fork).await;
-        let _caller_may_be_gone = reply.send(result);
-    });
-    answer.await.unwrap_or_else(|_| Err(PauseError::from(UnknownSandbox(id)).into()))
+    to_its_end(core, id, async move {
+        let source = Arc::new(source_of(&task_core, id).await?);
+        copies_of(&task_core, &source, fork).await
+    })
+    .await
 }
 
-async fn fork_to_end(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<Copies, ForkError> {
-    let source = Arc::new(source_of(core, id).await?);
-    let spec = copy_spec(&source.spec, fork.timeout);
+/// As [`fork`], and what the copies came from stays as a template, unless there is none of them, or it has no memory.
+pub(super) async fn fork_and_store(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<(Copies, Option<SnapshotInfo>), ForkError> {
+    let task_core = Arc::clone(core);
+    to_its_end(core, id, async move {
+        let source = Arc::new(source_of(&task_core, id).await?);
+        let copies = copies_of(&task_core, &source, fork).await?;
+        let stored = match copies.iter().any(Result::is_ok) {
+            true => store_source(&task_core, id, &source, None).await?,
+            false => None,
+        };
+        Ok((copies, stored))
+    })
+    .await
+}
+
+/// Runs `work` in a task of its own: it goes on when the caller vanishes.
+pub(super) async fn to_its_end<T: Send + 'static, E: From<UnknownSandbox> + Send + 'static>(
+    core: &Core,
+    id: SandboxId,
+    work: impl Future<Output = Result<T, E>> + Send + 'static,
+) -> Result<T, E> {
+    let (reply, answer) = oneshot::channel();
+    core.spawn(async move {
+        let result = work.await;
+        let _caller_may_be_gone = reply.send(result);
+    });
+    answered(id, answer).await
+}
+
+async fn copies_of(core: &Arc<Core>, source: &Arc<CopySource>, fork: Fork) -> Result<Copies, ForkError> {
+    let spec = copy_spec(&source.spec, fork);
     let copies: Copies =
-        stream::iter(0..fork.count).map(|_| create_copy(core, spec.clone(), Arc::clone(&source))).buffered(SIDE_BY_SIDE).collect().await;
+        stream::iter(0..fork.count).map(|_| create_copy(core, spec.clone(), Arc::clone(source))).buffered(SIDE_BY_SIDE).collect().await;
     match fork.strictness {
         Strictness::PerCopy => Ok(copies),
         Strictness::AllOrNone => all_or_none(core, copies).await,
@@ -79,10 +122,11 @@ pub(super) async fn source_of(core: &Core, id: SandboxId) -> Result<CopySource, 
     answered(id, answer).await
 }
 
-/// What was set for the source holds for a copy, but for its time.
-fn copy_spec(source: &SandboxSpec, timeout: Duration) -> SandboxSpec {
+/// What was set for the source holds for a copy, but for its time and what happens then.
+fn copy_spec(source: &SandboxSpec, fork: Fork) -> SandboxSpec {
     let mut spec = source.clone();
-    spec.lifecycle.timeout = timeout;
+    spec.lifecycle.timeout = fork.timeout;
+    spec.lifecycle.on_timeout = fork.on_timeout.unwrap_or(spec.lifecycle.on_timeout);
     spec
 }
 

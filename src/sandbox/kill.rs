@@ -55,7 +55,8 @@ impl Driver {
         false
     }
 
-    async fn forget_dump(&mut self) {
+    /// Its dump goes, with its row and its folder.
+    pub(super) async fn forget_dump(&mut self) {
         let Some(snapshot) = self.record.snapshot.take() else { return };
         let record = self.record.clone();
         let forgotten = self.core.store.write(move |db| {
@@ -72,6 +73,7 @@ impl Driver {
         let (level, message) = match reason {
             EndReason::Killed => (LogLevel::Info, "sandbox was killed".to_owned()),
             EndReason::TimedOut => (LogLevel::Info, "sandbox reached the end of its time".to_owned()),
+            EndReason::Idle => (LogLevel::Info, "sandbox was idle for as long as it may be".to_owned()),
             EndReason::AgentDied { detail } => (LogLevel::Error, format!("sandbox ended because its agent died: {detail}")),
             EndReason::CreateFailed { detail } => (LogLevel::Error, format!("sandbox could not be created: {detail}")),
         };

@@ -7,6 +7,8 @@
 //! Verbs have a file each, with their errors and the order of their steps; a server that dies between two steps is
 //! followed by one that reads recover.rs.
 
+mod activity;
+mod adjust;
 mod agent;
 mod clock;
 mod commands;
@@ -32,6 +34,7 @@ mod queue;
 mod ready_state;
 mod recover;
 mod registry;
+mod reset;
 mod resume;
 mod route;
 mod snapshot;
@@ -41,6 +44,8 @@ mod timers;
 mod tokens;
 
 pub use self::core::Seams;
+pub use activity::InUse;
+pub use adjust::{Adjust, AdjustError};
 pub use clock::Clock;
 pub use config::{CreateBy, SandboxConfig, SnapshotSync};
 pub use create::CreateError;
@@ -52,9 +57,11 @@ pub use list::{ListError, ListOrder, ListPage, ListQuery};
 pub use logs::{LogDirection, LogQuery, MetricsError};
 pub use network::NetworkError;
 pub use pause::PauseError;
+pub use places::{Full, PlacesMax, PlacesTaken};
 pub use ready_state::ReadyStateError;
 pub use recover::OpenError;
 pub use registry::Registry;
+pub use reset::{AfterReset, ResetError};
 pub use resume::{ConnectError, Connected};
 pub use route::{Route, RouteError};
 pub use snapshot::{SnapshotInfo, SnapshotPage, SnapshotQuery};

@@ -268,7 +268,7 @@ impl Driver {
     }
 
     async fn open_run_again(&mut self, place: Option<Place>) {
-        let place = place.unwrap_or_else(|| self.core.places.take_anyway());
+        let place = place.unwrap_or_else(|| self.core.places.take_anyway(self.record.spec.resources));
         self.open_run(place).await;
     }
 

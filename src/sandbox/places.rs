@@ -1,54 +1,134 @@
-//! How many sandboxes may have processes at once.
+//! How many sandboxes may have processes at once, and how much they may have together.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use crate::model::{ByteSize, Resources};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What all sandboxes with processes may have together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlacesMax {
+    /// Sandboxes; setting `sandbox.running_max`.
+    pub running: u32,
+    /// The sum of their CPU limits; setting `sandbox.cpus_max`.
+    pub cpus: u64,
+    /// The sum of their memory limits; setting `sandbox.memory_max`.
+    pub memory: ByteSize,
+}
+
+/// What sandboxes with processes have together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PlacesTaken {
+    /// Sandboxes.
+    pub running: u32,
+    /// The sum of their CPU limits.
+    pub cpus: u64,
+    /// The sum of their memory limits.
+    pub memory: ByteSize,
+}
+
+/// No place for another sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Full {
+    /// Too many.
+    #[error("{running} sandboxes are running, the limit is {limit}; kill some or raise sandbox.running_max")]
+    Sandboxes {
+        /// Running now.
+        running: u32,
+        /// The bound.
+        limit: u32,
+    },
+    /// Their CPUs are too many.
+    #[error("running sandboxes have {taken} CPUs and this one has {wanted}, the limit is {limit}; kill some or raise sandbox.cpus_max")]
+    Cpus {
+        /// Of those that run.
+        taken: u64,
+        /// Of the one that does not fit.
+        wanted: u32,
+        /// The bound.
+        limit: u64,
+    },
+    /// Their memory is too much.
+    #[error(
+        "running sandboxes have {taken} of memory and this one has {wanted}, the limit is {limit}; kill some or raise sandbox.memory_max"
+    )]
+    Memory {
+        /// Of those that run.
+        taken: ByteSize,
+        /// Of the one that does not fit.
+        wanted: ByteSize,
+        /// The bound.
+        limit: ByteSize,
+    },
+}
 
 /// All places of this server.
 #[derive(Debug, Clone)]
 pub(super) struct Places {
-    taken: Arc<AtomicU32>,
-    limit: u32,
+    taken: Arc<Mutex<PlacesTaken>>,
+    max: PlacesMax,
 }
 
 /// One sandbox's place; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Place {
-    taken: Arc<AtomicU32>,
+    taken: Arc<Mutex<PlacesTaken>>,
+    resources: Resources,
 }
 
-/// All places are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Full {
-    /// Sandboxes with processes.
-    pub(super) running: u32,
-    /// `running_max`.
-    pub(super) limit: u32,
+impl PlacesTaken {
+    fn with(self, resources: &Resources) -> Self {
+        let (cpus, memory) = (u64::from(resources.cpu_count), resources.memory.bytes());
+        Self { running: self.running + 1, cpus: self.cpus + cpus, memory: ByteSize(self.memory.bytes().saturating_add(memory)) }
+    }
+
+    fn without(self, resources: &Resources) -> Self {
+        let (cpus, memory) = (u64::from(resources.cpu_count), resources.memory.bytes());
+        Self { running: self.running - 1, cpus: self.cpus - cpus, memory: ByteSize(self.memory.bytes().saturating_sub(memory)) }
+    }
+}
+
+fn lock(taken: &Mutex<PlacesTaken>) -> MutexGuard<'_, PlacesTaken> {
+    taken.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Places {
-    pub(super) fn new(limit: u32) -> Self {
-        Self { taken: Arc::default(), limit }
+    pub(super) fn new(max: PlacesMax) -> Self {
+        Self { taken: Arc::default(), max }
     }
 
-    /// A place, if one is free.
-    pub(super) fn take(&self) -> Result<Place, Full> {
-        let add = |taken: u32| (taken < self.limit).then_some(taken + 1);
-        match self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, add) {
-            Ok(_) => Ok(Place { taken: Arc::clone(&self.taken) }),
-            Err(running) => Err(Full { running, limit: self.limit }),
+    /// What is taken, and of what.
+    pub(super) fn in_use(&self) -> (PlacesTaken, PlacesMax) {
+        (*lock(&self.taken), self.max)
+    }
+
+    /// A place for a sandbox with these limits, if there is one.
+    pub(super) fn take(&self, resources: Resources) -> Result<Place, Full> {
+        let mut taken = lock(&self.taken);
+        let after = taken.with(&resources);
+        if after.running > self.max.running {
+            return Err(Full::Sandboxes { running: taken.running, limit: self.max.running });
         }
+        if after.cpus > self.max.cpus {
+            return Err(Full::Cpus { taken: taken.cpus, wanted: resources.cpu_count, limit: self.max.cpus });
+        }
+        if after.memory > self.max.memory {
+            return Err(Full::Memory { taken: taken.memory, wanted: resources.memory, limit: self.max.memory });
+        }
+        *taken = after;
+        Ok(Place { taken: Arc::clone(&self.taken), resources })
     }
 
-    /// A place for a sandbox that runs already, even beyond the limit: it was lowered since.
-    pub(super) fn take_anyway(&self) -> Place {
-        self.taken.fetch_add(1, Ordering::AcqRel);
-        Place { taken: Arc::clone(&self.taken) }
+    /// A place for a sandbox that runs already, even beyond the limits: they were lowered since.
+    pub(super) fn take_anyway(&self, resources: Resources) -> Place {
+        let mut taken = lock(&self.taken);
+        *taken = taken.with(&resources);
+        Place { taken: Arc::clone(&self.taken), resources }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.taken.fetch_sub(1, Ordering::AcqRel);
+        let mut taken = lock(&self.taken);
+        *taken = taken.without(&self.resources);
     }
 }
 
@@ -56,19 +136,37 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
+    const ONE: Resources = Resources { cpu_count: 2, memory: ByteSize::mib(512), disk: ByteSize::gib(1), pids_max: 64 };
+
+    fn places(running: u32, cpus: u64, memory: ByteSize) -> Places {
+        Places::new(PlacesMax { running, cpus, memory })
+    }
+
     #[test]
     fn a_place_is_free_again_when_its_holder_is_gone() {
-        let places = Places::new(1);
-        let place = places.take().unwrap();
-        assert_eq!(places.take().unwrap_err(), Full { running: 1, limit: 1 });
+        let places = places(1, 100, ByteSize::gib(100));
+        let place = places.take(ONE).unwrap();
+        assert_eq!(places.take(ONE).unwrap_err(), Full::Sandboxes { running: 1, limit: 1 });
         drop(place);
-        places.take().unwrap();
+        assert_eq!(places.in_use().0, PlacesTaken::default());
+        places.take(ONE).unwrap();
+    }
+
+    #[test]
+    fn cpus_and_memory_are_counted_together() {
+        let few_cpus = places(9, 3, ByteSize::gib(100));
+        let _one = few_cpus.take(ONE).unwrap();
+        assert_eq!(few_cpus.take(ONE).unwrap_err(), Full::Cpus { taken: 2, wanted: 2, limit: 3 });
+        let little_memory = places(9, 100, ByteSize::mib(600));
+        let _one = little_memory.take(ONE).unwrap();
+        let error = little_memory.take(ONE).unwrap_err().to_string();
+        assert!(error.contains("512 MiB") && error.contains("sandbox.memory_max"), "{error}");
     }
 
     #[test]
     fn adopted_sandboxes_count_against_the_limit() {
-        let places = Places::new(1);
-        let _adopted = (places.take_anyway(), places.take_anyway());
-        assert_eq!(places.take().unwrap_err(), Full { running: 2, limit: 1 });
+        let places = places(1, 100, ByteSize::gib(100));
+        let _adopted = (places.take_anyway(ONE), places.take_anyway(ONE));
+        assert_eq!(places.take(ONE).unwrap_err(), Full::Sandboxes { running: 2, limit: 1 });
     }
 }

@@ -126,6 +126,11 @@ impl Queue {
         self.planned().any(|(_, verb)| verb == Verb::Kill) || self.phase == Phase::Gone
     }
 
+    /// Whether a verb is under way or waits.
+    pub(super) fn is_busy(&self) -> bool {
+        self.planned().next().is_some()
+    }
+
     /// Where it stands, but for what is under way.
     pub(super) fn phase(&self) -> Phase {
         self.phase

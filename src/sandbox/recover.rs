@@ -62,7 +62,10 @@ pub(super) async fn recover(core: &Arc<Core>) -> Result<(), OpenError> {
     sweep(core, &kept).await?;
     for found in kept {
         match found {
-            Found::Running(record) => Driver::spawn_running(core, *record, core.places.take_anyway()).await,
+            Found::Running(record) => {
+                let place = core.places.take_anyway(record.spec.resources);
+                Driver::spawn_running(core, *record, place).await;
+            }
             Found::Paused(record) => Driver::spawn_paused(core, *record),
             Found::Gone => {}
         }
@@ -195,7 +198,7 @@ async fn give_up(core: &Core, mut record: SandboxRecord, reason: EndReason) -> R
     let (message, state) = match &reason {
         EndReason::AgentDied { detail } => (Some(format!("sandbox ended because its agent died: {detail}")), SandboxState::Killed),
         EndReason::CreateFailed { detail } => (Some(format!("sandbox could not be created: {detail}")), SandboxState::Failed),
-        EndReason::Killed | EndReason::TimedOut => (None, SandboxState::Killed),
+        EndReason::Killed | EndReason::TimedOut | EndReason::Idle => (None, SandboxState::Killed),
     };
     let now = core.clock.now();
     if let Some(message) = message {

@@ -1,5 +1,6 @@
 //! The face of the core: every verb, what it needs, what it answers.
 
+use super::adjust::{Adjust, AdjustError};
 use super::config::SandboxConfig;
 use super::core::{Core, Seams};
 use super::create::{self, CreateError};
@@ -11,8 +12,10 @@ use super::list::{self, ListError, ListPage, ListQuery};
 use super::logs::{self, LogQuery, MetricsError};
 use super::network::NetworkError;
 use super::pause::PauseError;
+use super::places::{PlacesMax, PlacesTaken};
 use super::ready_state::{self, ReadyStateError};
 use super::recover::{self, OpenError};
+use super::reset::{self, AfterReset, ResetError};
 use super::resume::{ConnectError, Connected, ResumeAsk};
 use super::route::{self, Route, RouteError};
 use super::snapshot::{self, SnapshotInfo, SnapshotPage, SnapshotQuery};
@@ -159,10 +162,37 @@ impl Registry {
         self.ask(id, |reply| Request::Pause { keep, reply }).await
     }
 
+    /// Changes how it ends and who may reach it. What a change needs is said at each field of [`Adjust`].
+    pub async fn adjust(&self, id: SandboxId, adjust: Adjust) -> Result<SandboxRecord, AdjustError> {
+        self.ask(id, |reply| Request::Adjust { adjust, reply }).await
+    }
+
+    /// A paused one keeps its files only; a running one is left alone.
+    pub async fn forget_memory(&self, id: SandboxId) -> Result<SandboxRecord, AdjustError> {
+        self.ask(id, |reply| Request::ForgetMemory { reply }).await
+    }
+
+    /// Takes its processes and memory away, keeps its files, and boots it anew if asked to. Goes on when the caller
+    /// vanishes.
+    pub async fn reset(&self, id: SandboxId, adjust: Adjust, after: AfterReset) -> Result<SandboxRecord, ResetError> {
+        fork::to_its_end(&self.core, id, reset::reset(self.clone(), id, adjust, after)).await
+    }
+
+    /// What sandboxes with processes have together, and what they may have.
+    pub fn places(&self) -> (PlacesTaken, PlacesMax) {
+        self.core.places.in_use()
+    }
+
     /// Copies it: the source goes on as it was, running or paused. One entry per copy asked for; with
     /// [`super::Strictness::AllOrNone`] the first failure removes the other copies and is the answer.
     pub async fn fork(&self, id: SandboxId, fork: Fork) -> Result<Copies, ForkError> {
         fork::fork(&self.core, id, fork).await
+    }
+
+    /// As [`Registry::fork`], and what the copies came from is stored as a template, which is told unless there is no copy
+    /// or the source was paused without its memory.
+    pub async fn fork_and_store(&self, id: SandboxId, fork: Fork) -> Result<(Copies, Option<SnapshotInfo>), ForkError> {
+        fork::fork_and_store(&self.core, id, fork).await
     }
 
     /// Stores a copy of a running sandbox as a template of its own; the source goes on. A name that exists gets a new

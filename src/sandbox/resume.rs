@@ -36,13 +36,8 @@ pub enum ConnectError {
         limit: Duration,
     },
     /// All places are taken.
-    #[error("{running} sandboxes are running, the limit is {limit}; kill some or raise sandbox.running_max")]
-    TooMany {
-        /// Running now.
-        running: u32,
-        /// The bound.
-        limit: u32,
-    },
+    #[error(transparent)]
+    TooMany(Full),
     /// Too many verbs wait for it already.
     #[error("sandbox {id} is {state} and busy; try again")]
     InTransition {
@@ -96,7 +91,7 @@ impl ResumeFailure {
     pub(super) fn error(&self, id: SandboxId) -> ConnectError {
         match self {
             Self::Gone => UnknownSandbox(id).into(),
-            Self::TooMany(full) => ConnectError::TooMany { running: full.running, limit: full.limit },
+            Self::TooMany(full) => ConnectError::TooMany(*full),
             Self::Restore(cause) => ConnectError::Restore { id, source: Box::new(Arc::clone(cause)) },
             Self::Store(cause) => StoreFailure(Box::new(Arc::clone(cause))).into(),
         }
@@ -142,7 +137,7 @@ impl Driver {
     /// Gives it processes and opens it to requests; a failure leaves it paused.
     pub(super) async fn resume(&mut self, ask: &ResumeAsk) -> Result<(), ResumeFailure> {
         let begun = std::time::Instant::now();
-        let place = self.core.places.take()?;
+        let place = self.core.places.take(self.record.spec.resources)?;
         let before = self.record.clone();
         match self.resume_into(ask, place).await {
             Ok(()) => {
@@ -202,7 +197,8 @@ impl Driver {
             record.spec.lifecycle.on_timeout = on_timeout;
         }
         let now = self.core.clock.now();
-        (self.record.started_at, self.record.end_at) = (now, now + ask.timeout);
+        let end = self.record.spec.lifecycle.end_of_run(now, ask.timeout);
+        (self.record.started_at, self.record.end_at) = (now, end);
         if dump.is_none() {
             // A new agent counts its log lines from the beginning.
             self.core.store.keep_logs(self.id.to_string(), Vec::new(), Some(0));

@@ -1,5 +1,6 @@
 //! Where a proxied request goes: into a running sandbox, or into a paused one that traffic wakes.
 
+use super::activity::{Activity, InUse};
 use super::core::{Core, Handle, View};
 use super::driver::{Request, answered};
 use super::error::UnknownSandbox;
@@ -41,12 +42,18 @@ pub struct Route {
     pub spec: Arc<SandboxSpec>,
     runtime: Arc<dyn Runtime>,
     cut: tokio::sync::watch::Receiver<bool>,
+    activity: Arc<Activity>,
 }
 
 impl Route {
     /// One attempt to connect to 127.0.0.1:port (else ::1) inside. Refused is `ConnectionRefused`.
     pub async fn dial(&self, port: u16) -> std::io::Result<tokio::net::TcpStream> {
         self.runtime.dial(self.id, port).await
+    }
+
+    /// Whoever uses the sandbox holds this meanwhile: it is not idle until the last one is dropped.
+    pub fn in_use(&self) -> InUse {
+        InUse::of(&self.activity)
     }
 
     /// Resolves when the sandbox stops, pauses or is killed: connections into it must be closed then. Cancel-safe.
@@ -94,9 +101,13 @@ fn door(core: &Core, id: SandboxId, view: &View) -> Door {
     let wakes = record.spec.lifecycle.auto_resume == AutoResume::On;
     let ask = ResumeAsk { timeout: record.spec.lifecycle.timeout.max(core.config.wake_timeout_min), on_timeout: None };
     match (record.state, &view.run) {
-        (SandboxState::Running, Some(run)) => {
-            Door::Open(Route { id, spec: Arc::clone(&view.spec), runtime: Arc::clone(&core.runtime), cut: run.cut.clone() })
-        }
+        (SandboxState::Running, Some(run)) => Door::Open(Route {
+            id,
+            spec: Arc::clone(&view.spec),
+            runtime: Arc::clone(&core.runtime),
+            cut: run.cut.clone(),
+            activity: Arc::clone(&run.activity),
+        }),
         (SandboxState::Paused, _) if record.wakes_on_traffic() => Door::Wakes(ask),
         // The dump's id stands in the row from the first moment of a pause that keeps memory.
         (SandboxState::Pausing, _) if wakes && record.snapshot.is_some() => Door::Wakes(ask),

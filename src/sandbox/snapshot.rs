@@ -3,19 +3,23 @@
 //! A snapshot is a build whose dump is all there is: creating from it restores the dump on a copy of its disk. Names
 //! and tags are those of templates.
 
+use super::copy::CopySource;
 use super::core::Core;
+use super::dump_folder::DumpFolder;
 use super::error::{StoreFailure, chain};
-use super::fork::{ForkError, source_of};
+use super::fork::{ForkError, source_of, to_its_end};
 use super::pause::{PauseError, sync_later};
 use crate::model::{
-    BuildId, BuildRecord, BuildSource, BuildState, SandboxId, SandboxState, SnapshotId, SnapshotRecord, TemplateId, TemplateRecord,
+    BuildId, BuildRecord, BuildSource, BuildState, ByteSize, SandboxId, SandboxState, SnapshotId, SnapshotRecord, TemplateId,
+    TemplateRecord,
 };
 use crate::store::templates::StoredQuery;
 use crate::store::{Db, StoreError, snapshots, templates};
 use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use time::OffsetDateTime;
-use tokio::sync::oneshot;
 
 /// The tag when none is given.
 const DEFAULT_TAG: &str = "default";
@@ -61,13 +65,8 @@ pub struct SnapshotPage {
 
 /// Stores a copy of a running sandbox. Goes on when the caller vanishes.
 pub(super) async fn snapshot(core: &Arc<Core>, id: SandboxId, name: Option<String>) -> Result<SnapshotInfo, ForkError> {
-    let (reply, answer) = oneshot::channel();
     let task_core = Arc::clone(core);
-    core.spawn(async move {
-        let result = store_copy(&task_core, id, name).await;
-        let _caller_may_be_gone = reply.send(result);
-    });
-    answer.await.unwrap_or_else(|_| Err(PauseError::from(super::error::UnknownSandbox(id)).into()))
+    to_its_end(core, id, async move { store_copy(&task_core, id, name).await }).await
 }
 
 async fn store_copy(core: &Arc<Core>, id: SandboxId, name: Option<String>) -> Result<SnapshotInfo, ForkError> {
@@ -75,11 +74,53 @@ async fn store_copy(core: &Arc<Core>, id: SandboxId, name: Option<String>) -> Re
     if state != SandboxState::Running {
         return Err(PauseError::InTransition { id, state }.into());
     }
-    let mut source = source_of(core, id).await?;
-    // It was paused between the look and the copy: its dump belongs to it and cannot be given away.
-    let Some(dump) = source.dump.clone().filter(|dump| source.disk.starts_with(core.snapshots_dir().join(dump.id.as_str()))) else {
-        return Err(PauseError::InTransition { id, state: SandboxState::Paused }.into());
+    let source = source_of(core, id).await?;
+    let stored = store_source(core, id, &source, name).await?;
+    stored.ok_or_else(|| PauseError::InTransition { id, state: SandboxState::Paused }.into())
+}
+
+/// Makes a template of what copies start from; `None` when it has no memory. The dump of a paused sandbox belongs to it:
+/// the template gets a copy.
+pub(super) async fn store_source(
+    core: &Arc<Core>,
+    id: SandboxId,
+    source: &CopySource,
+    name: Option<String>,
+) -> Result<Option<SnapshotInfo>, ForkError> {
+    let Some(dump) = &source.dump else { return Ok(None) };
+    let dump = match source.disk.starts_with(core.snapshots_dir()) {
+        true => dump.clone(),
+        false => duplicate(core, dump, &source.disk).await.map_err(|error| PauseError::Dump { id, source: Box::new(error) })?,
     };
+    let info = record(core, id, source, &dump, name).await?;
+    source.keep_files();
+    sync_later(core, dump.id);
+    tracing::info!(sandbox.id = %id, snapshot = %dump.id, "Stored a snapshot of sandbox {id}");
+    Ok(Some(info))
+}
+
+/// A dump of its own with the same images, which nobody ever writes to, and a copy of the disk.
+async fn duplicate(core: &Core, dump: &SnapshotRecord, disk: &Path) -> io::Result<SnapshotRecord> {
+    let copy = SnapshotRecord { id: SnapshotId::random(), created_at: core.clock.now(), synced: false, ..dump.clone() };
+    let folder = DumpFolder::of(core, copy.id);
+    folder.make().await?;
+    let copied = folder.copy_of(&DumpFolder::of(core, dump.id), disk).await;
+    if let Err(error) = copied {
+        folder.remove().await;
+        return Err(error);
+    }
+    folder.put_in_place().await;
+    let disk_bytes = ByteSize(folder.bytes().await.saturating_sub(copy.memory_bytes.bytes()));
+    Ok(SnapshotRecord { disk_bytes, ..copy })
+}
+
+async fn record(
+    core: &Core,
+    id: SandboxId,
+    source: &CopySource,
+    dump: &SnapshotRecord,
+    name: Option<String>,
+) -> Result<SnapshotInfo, PauseError> {
     let now = core.clock.now();
     let build = BuildRecord {
         id: BuildId::random(),
@@ -93,14 +134,9 @@ async fn store_copy(core: &Arc<Core>, id: SandboxId, name: Option<String>) -> Re
         finished_at: Some(now),
         ..source.build.clone()
     };
-    let (name, tag) = split_name(name);
-    let snapshot = dump.id;
+    let ((name, tag), dump) = (split_name(name), dump.clone());
     let rows = core.store.write(move |db| insert_rows(db, build, &dump, name, tag));
-    let info = rows.await.map_err(|error| PauseError::Store(StoreFailure::from(error)))?;
-    source.keep_files();
-    sync_later(core, snapshot);
-    tracing::info!(sandbox.id = %id, %snapshot, "Stored a snapshot of sandbox {id}");
-    Ok(info)
+    rows.await.map_err(|error| PauseError::Store(StoreFailure::from(error)))
 }
 
 fn split_name(name: Option<String>) -> (Option<String>, String) {

@@ -55,15 +55,19 @@ impl Driver {
             NewEnd::In(timeout) => now + timeout,
             NewEnd::AtLeast(timeout) => before.max(now + timeout),
         };
+        let after = self.record.spec.lifecycle.latest_end(self.record.started_at).map_or(after, |latest| after.min(latest));
+        if let Some(run) = &self.run {
+            run.activity.note(now);
+        }
         if after != before {
             self.record.end_at = after;
             if let Err(error) = self.write_row().await {
                 self.record.end_at = before;
                 return Err(StoreFailure::from(error).into());
             }
-            self.core.timers.set(self.id, after);
             self.publish();
         }
+        self.watch_end();
         Ok(self.record.clone())
     }
 }

@@ -266,7 +266,7 @@ pub fn remove_ended_before(db: &Db<'_>, limit: OffsetDateTime) -> Result<Vec<San
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxSpec, Secure};
+    use crate::model::{BuildId, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxSpec, Secure};
     use crate::store::Store;
     use proptest::prelude::*;
     use std::time::{Duration, Instant};
@@ -282,7 +282,7 @@ mod tests {
                 template: TemplateId::random(),
                 build: BuildId::random(),
                 alias: None,
-                lifecycle: Lifecycle { timeout: Duration::from_secs(300), on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off },
+                lifecycle: Lifecycle::of(Duration::from_secs(300)),
                 resources: Resources { cpu_count: 2, memory: ByteSize::gib(1), disk: ByteSize::gib(20), pids_max: 100 },
                 network: NetworkPolicy::default(),
                 metadata: metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),

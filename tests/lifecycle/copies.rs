@@ -10,7 +10,7 @@ use stillbox::sandbox::{CreateError, Fork, ForkError, PauseError, SnapshotQuery,
 use stillbox::store::templates;
 
 fn fork(count: u32, strictness: Strictness) -> Fork {
-    Fork { count, timeout: Duration::from_secs(60), strictness }
+    Fork::of(count, Duration::from_secs(60), strictness)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -83,7 +83,7 @@ async fn all_or_none_removes_the_copies_that_succeeded() {
     let world = World::with(|config| config.running_max = 4).await;
     let source = world.create().await;
     let error = world.registry().fork(source.id, fork(4, Strictness::AllOrNone)).await.unwrap_err();
-    assert!(matches!(error, ForkError::Copy(CreateError::TooMany { .. })), "{error}");
+    assert!(matches!(error, ForkError::Copy(CreateError::TooMany(_))), "{error}");
     assert_eq!(world.fake.running(), [source.id]);
     world.registry().fork(source.id, fork(3, Strictness::AllOrNone)).await.unwrap();
 }

@@ -171,7 +171,7 @@ async fn a_server_that_dies_in_a_fork_or_snapshot_leaves_the_source_and_no_files
         world.mark(id, "kept");
         crash_at(&mut world, point, |world| {
             let registry = world.registry();
-            let fork = Fork { count: 2, timeout: MINUTE, strictness: Strictness::PerCopy };
+            let fork = Fork::of(2, MINUTE, Strictness::PerCopy);
             async move { drop(registry.fork(id, fork).await) }
         })
         .await;

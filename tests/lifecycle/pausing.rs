@@ -6,7 +6,7 @@ use stillbox::model::{AutoResume, ByteSize, DumpKey, Keep, OnTimeout, SandboxId,
 use stillbox::runtime::Finding;
 use stillbox::runtime::Runtime;
 use stillbox::runtime::fake::Verb;
-use stillbox::sandbox::{ConnectError, PauseError, RouteError, SnapshotSync, TokenKind};
+use stillbox::sandbox::{ConnectError, Full, PauseError, RouteError, SnapshotSync, TokenKind};
 use stillbox::store::snapshots;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -240,7 +240,7 @@ async fn a_full_house_keeps_it_paused() {
     world.registry().pause(id, Keep::Memory).await.unwrap();
     let other = world.create().await.id;
     let error = world.registry().connect(id, MINUTE).await.unwrap_err();
-    assert!(matches!(error, ConnectError::TooMany { running: 1, limit: 1 }), "{error}");
+    assert!(matches!(error, ConnectError::TooMany(Full::Sandboxes { running: 1, limit: 1 })), "{error}");
     world.registry().kill(other).await.unwrap();
     world.registry().connect(id, MINUTE).await.unwrap();
 }

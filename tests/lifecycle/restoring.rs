@@ -188,7 +188,7 @@ async fn the_dump_of_a_fork_stays_until_all_copies_have_their_memory() {
     // The source itself was never restored, and a fork waits for nothing but its own fill.
     let forking = {
         let registry = world.registry();
-        tokio::spawn(async move { registry.fork(id, Fork { count: 2, timeout: MINUTE, strictness: Strictness::PerCopy }).await })
+        tokio::spawn(async move { registry.fork(id, Fork::of(2, MINUTE, Strictness::PerCopy)).await })
     };
     let mut gate = gate;
     gate.reached().await;

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stillbox::model::{
-    AutoResume, BuildId, BuildRecord, BuildSource, BuildState, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxId,
-    SandboxRecord, SandboxSpec, SandboxState, Secure, TemplateId, TemplateRecord,
+    BuildId, BuildRecord, BuildSource, BuildState, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxRecord, SandboxSpec,
+    SandboxState, Secure, TemplateId, TemplateRecord,
 };
 use stillbox::runtime::fake::Fake;
 use stillbox::sandbox::{CreateBy, InstallKey, Registry, SandboxConfig, Seams, SnapshotSync};
@@ -93,7 +93,7 @@ impl World {
             template: self.template,
             build: self.build,
             alias: Some("base".into()),
-            lifecycle: Lifecycle { timeout: Duration::from_secs(300), on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off },
+            lifecycle: Lifecycle::of(Duration::from_secs(300)),
             resources: resources(),
             network: NetworkPolicy::default(),
             metadata: BTreeMap::from([("owner".into(), "test".into())]),
@@ -168,6 +168,8 @@ fn config(data_dir: PathBuf) -> SandboxConfig {
         nameservers: vec!["9.9.9.9".parse().unwrap()],
         timeout_max: Duration::from_secs(24 * 3600),
         running_max: 20,
+        cpus_max: 1000,
+        memory_max: ByteSize::gib(1024),
         metrics_every: Duration::from_millis(50),
         history_kept: Duration::from_secs(3600),
         wake_wait_max: Duration::from_secs(5),

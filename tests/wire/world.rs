@@ -194,6 +194,8 @@ fn core_config(data_dir: &std::path::Path) -> SandboxConfig {
         nameservers: Vec::new(),
         timeout_max: Duration::from_secs(86400),
         running_max: 16,
+        cpus_max: 1000,
+        memory_max: ByteSize::gib(1024),
         metrics_every: Duration::from_millis(100),
         history_kept: Duration::from_secs(3600),
         wake_wait_max: Duration::from_secs(10),

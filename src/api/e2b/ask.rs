@@ -11,7 +11,7 @@ use time::format_description::well_known::Rfc3339;
 
 /// The `{id}` of the path: a sandbox id, or one with `-clientID`.
 #[derive(Debug)]
-pub(super) struct SandboxPath(pub(super) SandboxId);
+pub(in crate::api) struct SandboxPath(pub(in crate::api) SandboxId);
 
 impl FromRequestParts<ApiState> for SandboxPath {
     type Rejection = ApiError;
@@ -24,7 +24,7 @@ impl FromRequestParts<ApiState> for SandboxPath {
 
 /// The `{…}` of the path, percent-decoded.
 #[derive(Debug)]
-pub(super) struct Segment(pub(super) String);
+pub(in crate::api) struct Segment(pub(in crate::api) String);
 
 impl FromRequestParts<ApiState> for Segment {
     type Rejection = ApiError;
@@ -36,7 +36,7 @@ impl FromRequestParts<ApiState> for Segment {
 }
 
 /// The sandbox with this id, `-clientID` stripped. What has the form of an id and can be none of ours does not exist.
-pub(super) fn sandbox_id(text: &str) -> Result<SandboxId, ApiError> {
+pub(in crate::api) fn sandbox_id(text: &str) -> Result<SandboxId, ApiError> {
     let (id, client) = text.split_once('-').map_or((text, None), |(id, client)| (id, Some(client)));
     let is_word = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
     match is_word(id) && client.is_none_or(is_word) {
@@ -46,13 +46,13 @@ pub(super) fn sandbox_id(text: &str) -> Result<SandboxId, ApiError> {
 }
 
 /// E2B's words for it.
-pub(super) fn no_such_sandbox(id: impl std::fmt::Display) -> ApiError {
+pub(in crate::api) fn no_such_sandbox(id: impl std::fmt::Display) -> ApiError {
     ApiError::not_found(format!("Sandbox \"{id}\" doesn't exist or you don't have access to it"))
 }
 
 /// The query string, decoded once.
 #[derive(Debug)]
-pub(super) struct Query(Vec<(String, String)>);
+pub(in crate::api) struct Query(Vec<(String, String)>);
 
 impl FromRequestParts<ApiState> for Query {
     type Rejection = std::convert::Infallible;
@@ -63,17 +63,17 @@ impl FromRequestParts<ApiState> for Query {
 }
 
 impl Query {
-    pub(super) fn of(text: &str) -> Self {
+    pub(in crate::api) fn of(text: &str) -> Self {
         Self(form_urlencoded::parse(text.as_bytes()).into_owned().collect())
     }
 
     /// The first value of this name; an empty one counts as absent.
-    pub(super) fn get(&self, name: &str) -> Option<&str> {
+    pub(in crate::api) fn get(&self, name: &str) -> Option<&str> {
         self.all(name).next()
     }
 
     /// The values of this name, whether they came apart or joined by commas.
-    pub(super) fn listed<'q>(&'q self, name: &str) -> impl Iterator<Item = &'q str> {
+    pub(in crate::api) fn listed<'q>(&'q self, name: &str) -> impl Iterator<Item = &'q str> {
         self.all(name).flat_map(|value| value.split(',')).map(str::trim).filter(|value| !value.is_empty())
     }
 
@@ -82,7 +82,7 @@ impl Query {
     }
 
     /// A number from 1 to `max`, which is the default too.
-    pub(super) fn limit(&self, max: u32) -> Result<u32, ApiError> {
+    pub(in crate::api) fn limit(&self, max: u32) -> Result<u32, ApiError> {
         let Some(text) = self.get("limit") else { return Ok(max) };
         match text.parse() {
             Ok(limit) if (1..=max).contains(&limit) => Ok(limit),
@@ -91,7 +91,7 @@ impl Query {
     }
 
     /// A moment in units of `unit_ns` since 1970.
-    pub(super) fn moment(&self, name: &str, unit: Unit) -> Result<Option<OffsetDateTime>, ApiError> {
+    pub(in crate::api) fn moment(&self, name: &str, unit: Unit) -> Result<Option<OffsetDateTime>, ApiError> {
         let parse = |text: &str| {
             let count: i64 = text.parse().ok()?;
             OffsetDateTime::from_unix_timestamp_nanos(i128::from(count) * unit.nanoseconds()).ok()
@@ -107,7 +107,7 @@ impl Query {
 
 /// What a moment is counted in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unit {
+pub(in crate::api) enum Unit {
     Seconds,
     Milliseconds,
 }
@@ -129,13 +129,13 @@ impl Unit {
 }
 
 /// An RFC 3339 time; a `+` that arrived unescaped has become a space.
-pub(super) fn rfc3339(name: &str, text: &str) -> Result<OffsetDateTime, ApiError> {
+pub(in crate::api) fn rfc3339(name: &str, text: &str) -> Result<OffsetDateTime, ApiError> {
     OffsetDateTime::parse(&text.replace(' ', "+"), &Rfc3339)
         .map_err(|_| ApiError::bad_request(format!("{name} is '{text}'; it must be a time such as 2026-01-02T03:04:05Z (RFC 3339)")))
 }
 
 /// A time to live that starts something: more than nothing.
-pub(super) fn lifetime(seconds: i64, max: Duration) -> Result<Duration, ApiError> {
+pub(in crate::api) fn lifetime(seconds: i64, max: Duration) -> Result<Duration, ApiError> {
     match seconds {
         ..=0 => Err(ApiError::bad_request(format!("Timeout must be greater than 0, not {seconds} (timeout, in seconds)"))),
         1.. => end_of_life(seconds, max),
@@ -143,7 +143,7 @@ pub(super) fn lifetime(seconds: i64, max: Duration) -> Result<Duration, ApiError
 }
 
 /// A time to live that may be over at once.
-pub(super) fn end_of_life(seconds: i64, max: Duration) -> Result<Duration, ApiError> {
+pub(in crate::api) fn end_of_life(seconds: i64, max: Duration) -> Result<Duration, ApiError> {
     let asked = u64::try_from(seconds).map(Duration::from_secs);
     match asked {
         Ok(asked) if asked <= max => Ok(asked),

@@ -3,20 +3,20 @@
 //! `wire` is its JSON, `error` the core's errors in its words; `ask` reads ids and queries; the others are a file per
 //! resource. Path parameters are percent-decoded after routing, as one segment.
 
-mod ask;
+pub(in crate::api) mod ask;
 mod cursor;
-mod error;
+pub(in crate::api) mod error;
 mod lifecycle;
-mod list;
-mod network;
-mod new_sandbox;
-mod observe;
-mod sandboxes;
-mod snapshots;
+pub(in crate::api) mod list;
+pub(in crate::api) mod network;
+pub(in crate::api) mod new_sandbox;
+pub(in crate::api) mod observe;
+pub(in crate::api) mod sandboxes;
+pub(in crate::api) mod snapshots;
 mod teams;
-mod templates;
+pub(in crate::api) mod templates;
 mod unserved;
-mod wire;
+pub(in crate::api) mod wire;
 
 use super::ApiState;
 use super::auth::require_key;

@@ -12,7 +12,7 @@ const PAIRS_MAX: usize = 1024;
 
 /// Which of the two create calls it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub(in crate::api) enum Version {
     /// `POST /sandboxes`: 15 s unless said otherwise, secure when asked for.
     One,
     /// `POST /v2/sandboxes`: 300 s, always secure.
@@ -37,10 +37,11 @@ impl Version {
 
 /// A checked request, whose template is still a name.
 #[derive(Debug)]
-pub(super) struct Wanted {
+pub(in crate::api) struct Wanted {
     /// Id, alias or `team/alias`, with or without `:tag`.
-    pub(super) template: String,
-    lifecycle: Lifecycle,
+    pub(in crate::api) template: String,
+    /// What a dialect may still change.
+    pub(in crate::api) lifecycle: Lifecycle,
     network: NetworkPolicy,
     metadata: BTreeMap<String, String>,
     env: BTreeMap<String, String>,
@@ -49,7 +50,7 @@ pub(super) struct Wanted {
 
 impl Wanted {
     /// Checks everything that can be checked without asking anybody.
-    pub(super) fn parse(new: wire::NewSandbox, version: Version, timeout_max: Duration) -> Result<Self, ApiError> {
+    pub(in crate::api) fn parse(new: wire::NewSandbox, version: Version, timeout_max: Duration) -> Result<Self, ApiError> {
         refuse_unserved(&new)?;
         let lifecycle = lifecycle(&new, version, timeout_max)?;
         let secure = version.secure(new.secure);
@@ -64,7 +65,7 @@ impl Wanted {
     }
 
     /// The specification, now that the template is known.
-    pub(super) fn of(self, resolved: &Resolved) -> SandboxSpec {
+    pub(in crate::api) fn of(self, resolved: &Resolved) -> SandboxSpec {
         SandboxSpec {
             template: resolved.template.id,
             build: resolved.build.id,
@@ -101,6 +102,8 @@ fn lifecycle(new: &wire::NewSandbox, version: Version, timeout_max: Duration) ->
         timeout: ask::lifetime(new.timeout.unwrap_or(version.default_timeout()), timeout_max)?,
         on_timeout: if pauses { OnTimeout::Pause(keep) } else { OnTimeout::Kill },
         auto_resume: if wakes { AutoResume::On } else { AutoResume::Off },
+        idle_max: None,
+        run_max: None,
     })
 }
 
@@ -156,7 +159,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!((wanted.template.as_str(), wanted.secure), ("base", Secure::Token));
-        let lifecycle = Lifecycle { timeout: Duration::from_secs(300), on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off };
+        let lifecycle = Lifecycle::of(Duration::from_secs(300));
         assert_eq!(wanted.lifecycle, lifecycle);
         assert_eq!(wanted.network.allow_internet_access, Some(true));
     }

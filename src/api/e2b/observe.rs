@@ -9,9 +9,11 @@ use crate::sandbox::{LogDirection, LogQuery};
 use axum::Json;
 use axum::extract::State;
 use http::StatusCode;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use time::{Duration, OffsetDateTime};
 
+/// Sandboxes of one batch.
 const BATCH_MAX: usize = 100;
 const LOG_LINES_MAX: u32 = 1000;
 const SEARCH_MAX: usize = 256;
@@ -44,13 +46,18 @@ fn window(query: &Query) -> Result<Range<OffsetDateTime>, ApiError> {
 
 /// `GET /sandboxes/metrics?sandbox_ids=a,b`: the newest point of each; ids without one are left out.
 pub(super) async fn latest_metrics(State(state): State<ApiState>, query: Query) -> Result<Json<wire::LatestMetrics>, ApiError> {
+    let points = latest(&state, &query).await?;
+    Ok(Json(wire::LatestMetrics { sandboxes: points.into_iter().map(|(id, point)| (id.to_string(), metric(point))).collect() }))
+}
+
+/// The newest point of each sandbox that `sandbox_ids` names.
+pub(in crate::api) async fn latest(state: &ApiState, query: &Query) -> Result<BTreeMap<SandboxId, MetricPoint>, ApiError> {
     let names: Vec<&str> = query.listed("sandbox_ids").collect();
     if names.len() > BATCH_MAX {
         return Err(ApiError::bad_request(format!("sandbox_ids has {} entries; the limit is {BATCH_MAX}", names.len())));
     }
     let ids = names.into_iter().filter_map(known_form).collect::<Result<Vec<SandboxId>, _>>()?;
-    let points = state.registry.latest_metrics(&ids).await?;
-    Ok(Json(wire::LatestMetrics { sandboxes: points.into_iter().map(|(id, point)| (id.to_string(), metric(point))).collect() }))
+    Ok(state.registry.latest_metrics(&ids).await?)
 }
 
 /// An id of nobody is left out like one that is gone; a malformed one is an error.
@@ -61,7 +68,8 @@ fn known_form(name: &str) -> Option<Result<SandboxId, ApiError>> {
     }
 }
 
-fn metric(point: MetricPoint) -> wire::Metric {
+/// A point in E2B's units.
+pub(in crate::api) fn metric(point: MetricPoint) -> wire::Metric {
     wire::Metric {
         timestamp: wire::Time(point.at),
         timestamp_unix: point.at.unix_timestamp(),

@@ -43,7 +43,7 @@ async fn create_as(
     Ok((StatusCode::CREATED, Json(sandbox(&state, record))))
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
+pub(in crate::api) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, ApiError> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     let is_good = |key: &&str| (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
     value
@@ -67,7 +67,7 @@ pub(super) async fn kill(State(state): State<ApiState>, SandboxPath(id): Sandbox
 }
 
 /// What create, connect, resume and fork answer.
-pub(super) fn sandbox(state: &ApiState, record: SandboxRecord) -> wire::Sandbox {
+pub(in crate::api) fn sandbox(state: &ApiState, record: SandboxRecord) -> wire::Sandbox {
     let is_private = record.spec.network.public_traffic == PublicTraffic::TokenOnly;
     wire::Sandbox {
         template_id: record.spec.template.to_string(),
@@ -115,7 +115,8 @@ const fn shown_state(state: SandboxState) -> wire::State {
     }
 }
 
-fn detail(state: &ApiState, record: SandboxRecord) -> wire::SandboxDetail {
+/// What info answers.
+pub(in crate::api) fn detail(state: &ApiState, record: SandboxRecord) -> wire::SandboxDetail {
     let lifecycle = record.spec.lifecycle;
     wire::SandboxDetail {
         envd_access_token: envd_token(state, &record),

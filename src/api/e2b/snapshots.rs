@@ -29,7 +29,7 @@ pub(super) async fn fork(
     };
     let timeout = ask::lifetime(asked.timeout.unwrap_or(FORK_TIMEOUT_S), state.config.timeout_max)?;
     require_running(&state, id)?;
-    let copies = state.registry.fork(id, Fork { count, timeout, strictness: Strictness::PerCopy }).await?;
+    let copies = state.registry.fork(id, Fork::of(count, timeout, Strictness::PerCopy)).await?;
     let entries = copies.into_iter().map(|copy| match copy {
         Ok(record) => wire::ForkResult::Sandbox(Box::new(sandboxes::sandbox(&state, record))),
         Err(failed) => {
@@ -87,7 +87,7 @@ fn require_running(state: &ApiState, id: SandboxId) -> Result<(), ApiError> {
 }
 
 /// `name` or `name:tag` in lower case, after our own team's name was taken off.
-fn snapshot_name(asked: &str) -> Result<String, ApiError> {
+pub(in crate::api) fn snapshot_name(asked: &str) -> Result<String, ApiError> {
     let lower = asked.trim().to_ascii_lowercase();
     let bare = lower.strip_prefix(teams::SLUG).and_then(|rest| rest.strip_prefix('/')).unwrap_or(&lower);
     let (name, tag) = bare.split_once(':').map_or((bare, None), |(name, tag)| (name, Some(tag)));

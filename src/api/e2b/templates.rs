@@ -81,6 +81,12 @@ pub(super) async fn alias(State(state): State<ApiState>, Segment(name): Segment)
     Ok(Json(wire::AliasOwner { template_id: resolved.template.id.to_string(), public: resolved.template.public }))
 }
 
+/// All templates as they are shown, the newest first.
+pub(in crate::api) async fn newest_first(state: &ApiState) -> Result<Vec<wire::Template>, ApiError> {
+    let (rows, _no_more) = slice(state.templates.list().await?, None, usize::MAX);
+    shown_all(state, &rows).await
+}
+
 async fn find(state: &ApiState, name: &str) -> Result<(TemplateRecord, Vec<BuildRecord>), ApiError> {
     let id = match name.parse() {
         Ok(id) => id,
@@ -97,6 +103,13 @@ async fn shown_all(state: &ApiState, templates: &[TemplateRecord]) -> Result<Vec
         rows.extend(newest_ready(&template, &builds).map(|build| shown(&template, build)));
     }
     Ok(rows)
+}
+
+/// How a template is shown, with the build that it stands for.
+pub(in crate::api) async fn one(state: &ApiState, id: TemplateId) -> Result<wire::Template, ApiError> {
+    let (template, builds) = state.templates.get(id).await?;
+    let newest = newest_ready(&template, &builds).ok_or_else(|| ApiError::not_found(format!("template '{id}' has no build")))?;
+    Ok(shown(&template, newest))
 }
 
 /// The build that the template stands for: what `default` names, else the newest.

@@ -7,13 +7,13 @@ use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
 /// The version of envd's protocol that the agent speaks; SDKs switch features by it (contract e2b.md 3.6).
-pub(super) const ENVD_VERSION: &str = "0.6.13";
+pub(in crate::api) const ENVD_VERSION: &str = "0.6.13";
 /// A constant that old clients append to ids.
-pub(super) const CLIENT_ID: &str = "6532622b";
+pub(in crate::api) const CLIENT_ID: &str = "6532622b";
 
 /// A time as every client parses it: UTC, microseconds, `Z`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Time(pub(super) OffsetDateTime);
+pub(in crate::api) struct Time(pub(in crate::api) OffsetDateTime);
 
 impl Serialize for Time {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -26,374 +26,374 @@ impl Serialize for Time {
 /// `POST /sandboxes` and `/v2/sandboxes`; the latter has no `secure`.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct NewSandbox {
+pub(in crate::api) struct NewSandbox {
     #[serde(rename = "templateID")]
-    pub(super) template_id: String,
-    pub(super) timeout: Option<i64>,
-    pub(super) auto_pause: Option<bool>,
-    pub(super) auto_pause_memory: Option<bool>,
-    pub(super) auto_resume: Option<AutoResume>,
-    pub(super) secure: Option<bool>,
+    pub(in crate::api) template_id: String,
+    pub(in crate::api) timeout: Option<i64>,
+    pub(in crate::api) auto_pause: Option<bool>,
+    pub(in crate::api) auto_pause_memory: Option<bool>,
+    pub(in crate::api) auto_resume: Option<AutoResume>,
+    pub(in crate::api) secure: Option<bool>,
     #[serde(rename = "allow_internet_access")]
-    pub(super) allow_internet_access: Option<bool>,
-    pub(super) network: Option<Network>,
-    pub(super) metadata: Option<BTreeMap<String, String>>,
-    pub(super) env_vars: Option<BTreeMap<String, String>>,
-    pub(super) iam: Option<Iam>,
-    pub(super) volume_mounts: Option<Vec<VolumeMount>>,
+    pub(in crate::api) allow_internet_access: Option<bool>,
+    pub(in crate::api) network: Option<Network>,
+    pub(in crate::api) metadata: Option<BTreeMap<String, String>>,
+    pub(in crate::api) env_vars: Option<BTreeMap<String, String>>,
+    pub(in crate::api) iam: Option<Iam>,
+    pub(in crate::api) volume_mounts: Option<Vec<VolumeMount>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct AutoResume {
-    pub(super) enabled: bool,
+pub(in crate::api) struct AutoResume {
+    pub(in crate::api) enabled: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Iam {
-    pub(super) tokens: Option<BTreeMap<String, serde_json::Value>>,
+pub(in crate::api) struct Iam {
+    pub(in crate::api) tokens: Option<BTreeMap<String, serde_json::Value>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
-pub(super) struct VolumeMount {
-    pub(super) name: String,
-    pub(super) path: String,
+pub(in crate::api) struct VolumeMount {
+    pub(in crate::api) name: String,
+    pub(in crate::api) path: String,
 }
 
 /// `network` of a create request.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Network {
-    pub(super) allow_public_traffic: Option<bool>,
-    pub(super) mask_request_host: Option<String>,
+pub(in crate::api) struct Network {
+    pub(in crate::api) allow_public_traffic: Option<bool>,
+    pub(in crate::api) mask_request_host: Option<String>,
     #[serde(flatten)]
-    pub(super) egress: Egress,
+    pub(in crate::api) egress: Egress,
 }
 
 /// `PUT /sandboxes/{id}/network`.
 #[derive(Default, Deserialize)]
-pub(super) struct NetworkUpdate {
-    pub(super) allow_internet_access: Option<bool>,
+pub(in crate::api) struct NetworkUpdate {
+    pub(in crate::api) allow_internet_access: Option<bool>,
     #[serde(flatten)]
-    pub(super) egress: Egress,
+    pub(in crate::api) egress: Egress,
 }
 
 /// The half of a network policy that an update replaces.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Egress {
-    pub(super) allow_out: Option<Vec<String>>,
-    pub(super) deny_out: Option<Vec<String>>,
-    pub(super) egress_proxy: Option<EgressProxy>,
-    pub(super) rules: Option<BTreeMap<String, Vec<NetworkRule>>>,
-    pub(super) dns_servers: Option<Vec<String>>,
-    pub(super) https_ports: Option<Vec<u32>>,
+pub(in crate::api) struct Egress {
+    pub(in crate::api) allow_out: Option<Vec<String>>,
+    pub(in crate::api) deny_out: Option<Vec<String>>,
+    pub(in crate::api) egress_proxy: Option<EgressProxy>,
+    pub(in crate::api) rules: Option<BTreeMap<String, Vec<NetworkRule>>>,
+    pub(in crate::api) dns_servers: Option<Vec<String>>,
+    pub(in crate::api) https_ports: Option<Vec<u32>>,
 }
 
 /// Without `Debug`, since it holds a password.
 #[derive(Default, Deserialize)]
-pub(super) struct EgressProxy {
-    pub(super) address: String,
-    pub(super) username: Option<String>,
-    pub(super) password: Option<String>,
-    pub(super) tls: Option<EgressProxyTls>,
+pub(in crate::api) struct EgressProxy {
+    pub(in crate::api) address: String,
+    pub(in crate::api) username: Option<String>,
+    pub(in crate::api) password: Option<String>,
+    pub(in crate::api) tls: Option<EgressProxyTls>,
 }
 
 #[derive(Default, Deserialize)]
-pub(super) struct EgressProxyTls {
-    pub(super) enabled: Option<bool>,
+pub(in crate::api) struct EgressProxyTls {
+    pub(in crate::api) enabled: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
-pub(super) struct NetworkRule {
-    pub(super) transform: Option<NetworkTransform>,
+pub(in crate::api) struct NetworkRule {
+    pub(in crate::api) transform: Option<NetworkTransform>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
-pub(super) struct NetworkTransform {
-    pub(super) headers: Option<BTreeMap<String, String>>,
+pub(in crate::api) struct NetworkTransform {
+    pub(in crate::api) headers: Option<BTreeMap<String, String>>,
 }
 
 /// The answer to create, connect, resume and, per entry, fork.
 #[derive(Debug, Serialize)]
-pub(super) struct Sandbox {
+pub(in crate::api) struct Sandbox {
     #[serde(rename = "templateID")]
-    pub(super) template_id: String,
+    pub(in crate::api) template_id: String,
     #[serde(rename = "sandboxID")]
-    pub(super) sandbox_id: String,
+    pub(in crate::api) sandbox_id: String,
     #[serde(rename = "clientID")]
-    pub(super) client_id: &'static str,
+    pub(in crate::api) client_id: &'static str,
     #[serde(rename = "envdVersion")]
-    pub(super) envd_version: &'static str,
+    pub(in crate::api) envd_version: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) alias: Option<String>,
+    pub(in crate::api) alias: Option<String>,
     #[serde(rename = "envdAccessToken", skip_serializing_if = "Option::is_none")]
-    pub(super) envd_access_token: Option<String>,
+    pub(in crate::api) envd_access_token: Option<String>,
     #[serde(rename = "trafficAccessToken", skip_serializing_if = "Option::is_none")]
-    pub(super) traffic_access_token: Option<String>,
-    pub(super) domain: Option<String>,
+    pub(in crate::api) traffic_access_token: Option<String>,
+    pub(in crate::api) domain: Option<String>,
 }
 
 /// An entry of a list.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ListedSandbox {
+pub(in crate::api) struct ListedSandbox {
     #[serde(rename = "templateID")]
-    pub(super) template_id: String,
+    pub(in crate::api) template_id: String,
     #[serde(rename = "sandboxID")]
-    pub(super) sandbox_id: String,
+    pub(in crate::api) sandbox_id: String,
     #[serde(rename = "clientID")]
-    pub(super) client_id: &'static str,
+    pub(in crate::api) client_id: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) alias: Option<String>,
-    pub(super) started_at: Time,
-    pub(super) end_at: Time,
-    pub(super) cpu_count: u32,
+    pub(in crate::api) alias: Option<String>,
+    pub(in crate::api) started_at: Time,
+    pub(in crate::api) end_at: Time,
+    pub(in crate::api) cpu_count: u32,
     #[serde(rename = "memoryMB")]
-    pub(super) memory_mb: u64,
+    pub(in crate::api) memory_mb: u64,
     #[serde(rename = "diskSizeMB")]
-    pub(super) disk_size_mb: u64,
-    pub(super) metadata: BTreeMap<String, String>,
-    pub(super) state: State,
-    pub(super) envd_version: &'static str,
-    pub(super) volume_mounts: Vec<VolumeMount>,
+    pub(in crate::api) disk_size_mb: u64,
+    pub(in crate::api) metadata: BTreeMap<String, String>,
+    pub(in crate::api) state: State,
+    pub(in crate::api) envd_version: &'static str,
+    pub(in crate::api) volume_mounts: Vec<VolumeMount>,
 }
 
 /// `GET /sandboxes/{id}`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct SandboxDetail {
+pub(in crate::api) struct SandboxDetail {
     #[serde(flatten)]
-    pub(super) listed: ListedSandbox,
+    pub(in crate::api) listed: ListedSandbox,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) envd_access_token: Option<String>,
-    pub(super) domain: Option<String>,
-    pub(super) allow_internet_access: Option<bool>,
-    pub(super) network: ShownNetwork,
-    pub(super) lifecycle: ShownLifecycle,
+    pub(in crate::api) envd_access_token: Option<String>,
+    pub(in crate::api) domain: Option<String>,
+    pub(in crate::api) allow_internet_access: Option<bool>,
+    pub(in crate::api) network: ShownNetwork,
+    pub(in crate::api) lifecycle: ShownLifecycle,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) pause_mode: Option<PauseMode>,
+    pub(in crate::api) pause_mode: Option<PauseMode>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum State {
+pub(in crate::api) enum State {
     Running,
     Paused,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum PauseMode {
+pub(in crate::api) enum PauseMode {
     Full,
     Filesystem,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ShownLifecycle {
-    pub(super) auto_resume: bool,
-    pub(super) on_timeout: &'static str,
+pub(in crate::api) struct ShownLifecycle {
+    pub(in crate::api) auto_resume: bool,
+    pub(in crate::api) on_timeout: &'static str,
 }
 
 /// A network policy as it was set, without the proxy's password.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct ShownNetwork {
-    pub(super) allow_public_traffic: bool,
+pub(in crate::api) struct ShownNetwork {
+    pub(in crate::api) allow_public_traffic: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) allow_out: Vec<String>,
+    pub(in crate::api) allow_out: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) deny_out: Vec<String>,
+    pub(in crate::api) deny_out: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) egress_proxy: Option<ShownEgressProxy>,
+    pub(in crate::api) egress_proxy: Option<ShownEgressProxy>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) mask_request_host: Option<String>,
+    pub(in crate::api) mask_request_host: Option<String>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) rules: BTreeMap<String, Vec<NetworkRule>>,
+    pub(in crate::api) rules: BTreeMap<String, Vec<NetworkRule>>,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct ShownEgressProxy {
-    pub(super) address: String,
+pub(in crate::api) struct ShownEgressProxy {
+    pub(in crate::api) address: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) username: Option<String>,
+    pub(in crate::api) username: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
-pub(super) struct SetTimeout {
-    pub(super) timeout: i64,
+pub(in crate::api) struct SetTimeout {
+    pub(in crate::api) timeout: i64,
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Refresh {
-    pub(super) duration: Option<i64>,
+pub(in crate::api) struct Refresh {
+    pub(in crate::api) duration: Option<i64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Connect {
-    pub(super) timeout: Option<i64>,
-    pub(super) memory: Option<bool>,
+pub(in crate::api) struct Connect {
+    pub(in crate::api) timeout: Option<i64>,
+    pub(in crate::api) memory: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Resume {
-    pub(super) timeout: Option<i64>,
-    pub(super) auto_pause: Option<bool>,
+pub(in crate::api) struct Resume {
+    pub(in crate::api) timeout: Option<i64>,
+    pub(in crate::api) auto_pause: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Pause {
-    pub(super) memory: Option<bool>,
+pub(in crate::api) struct Pause {
+    pub(in crate::api) memory: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct Fork {
-    pub(super) timeout: Option<i64>,
-    pub(super) count: Option<i64>,
+pub(in crate::api) struct Fork {
+    pub(in crate::api) timeout: Option<i64>,
+    pub(in crate::api) count: Option<i64>,
 }
 
 /// One copy, or why there is none.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum ForkResult {
+pub(in crate::api) enum ForkResult {
     Sandbox(Box<Sandbox>),
     Error { code: u16, message: String },
 }
 
 #[derive(Debug, Default, Deserialize)]
-pub(super) struct NewSnapshot {
-    pub(super) name: Option<String>,
-    pub(super) memory: Option<bool>,
+pub(in crate::api) struct NewSnapshot {
+    pub(in crate::api) name: Option<String>,
+    pub(in crate::api) memory: Option<bool>,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct Snapshot {
+pub(in crate::api) struct Snapshot {
     #[serde(rename = "snapshotID")]
-    pub(super) snapshot_id: String,
-    pub(super) names: Vec<String>,
+    pub(in crate::api) snapshot_id: String,
+    pub(in crate::api) names: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Metric {
-    pub(super) timestamp: Time,
-    pub(super) timestamp_unix: i64,
-    pub(super) cpu_count: u32,
-    pub(super) cpu_used_pct: f64,
-    pub(super) mem_used: u64,
-    pub(super) mem_total: u64,
-    pub(super) mem_cache: u64,
-    pub(super) disk_used: u64,
-    pub(super) disk_total: u64,
+pub(in crate::api) struct Metric {
+    pub(in crate::api) timestamp: Time,
+    pub(in crate::api) timestamp_unix: i64,
+    pub(in crate::api) cpu_count: u32,
+    pub(in crate::api) cpu_used_pct: f64,
+    pub(in crate::api) mem_used: u64,
+    pub(in crate::api) mem_total: u64,
+    pub(in crate::api) mem_cache: u64,
+    pub(in crate::api) disk_used: u64,
+    pub(in crate::api) disk_total: u64,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct LatestMetrics {
-    pub(super) sandboxes: BTreeMap<String, Metric>,
-}
-
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Logs {
-    pub(super) logs: Vec<LogLine>,
-    pub(super) log_entries: Vec<LogEntry>,
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct LogLine {
-    pub(super) timestamp: Time,
-    pub(super) line: String,
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct LogsV2 {
-    pub(super) logs: Vec<LogEntry>,
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct LogEntry {
-    pub(super) timestamp: Time,
-    pub(super) message: String,
-    pub(super) level: crate::model::LogLevel,
-    pub(super) fields: BTreeMap<String, String>,
+pub(in crate::api) struct LatestMetrics {
+    pub(in crate::api) sandboxes: BTreeMap<String, Metric>,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Template {
+pub(in crate::api) struct Logs {
+    pub(in crate::api) logs: Vec<LogLine>,
+    pub(in crate::api) log_entries: Vec<LogEntry>,
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct LogLine {
+    pub(in crate::api) timestamp: Time,
+    pub(in crate::api) line: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct LogsV2 {
+    pub(in crate::api) logs: Vec<LogEntry>,
+}
+
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct LogEntry {
+    pub(in crate::api) timestamp: Time,
+    pub(in crate::api) message: String,
+    pub(in crate::api) level: crate::model::LogLevel,
+    pub(in crate::api) fields: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(in crate::api) struct Template {
     #[serde(rename = "templateID")]
-    pub(super) template_id: String,
+    pub(in crate::api) template_id: String,
     #[serde(rename = "buildID")]
-    pub(super) build_id: String,
-    pub(super) cpu_count: u32,
+    pub(in crate::api) build_id: String,
+    pub(in crate::api) cpu_count: u32,
     #[serde(rename = "memoryMB")]
-    pub(super) memory_mb: u64,
+    pub(in crate::api) memory_mb: u64,
     #[serde(rename = "diskSizeMB")]
-    pub(super) disk_size_mb: u64,
-    pub(super) public: bool,
-    pub(super) aliases: Vec<String>,
-    pub(super) names: Vec<String>,
-    pub(super) created_at: Time,
-    pub(super) updated_at: Time,
-    pub(super) created_by: Option<()>,
-    pub(super) last_spawned_at: Option<Time>,
-    pub(super) spawn_count: u64,
-    pub(super) build_count: u64,
-    pub(super) envd_version: &'static str,
-    pub(super) build_status: crate::model::BuildState,
+    pub(in crate::api) disk_size_mb: u64,
+    pub(in crate::api) public: bool,
+    pub(in crate::api) aliases: Vec<String>,
+    pub(in crate::api) names: Vec<String>,
+    pub(in crate::api) created_at: Time,
+    pub(in crate::api) updated_at: Time,
+    pub(in crate::api) created_by: Option<()>,
+    pub(in crate::api) last_spawned_at: Option<Time>,
+    pub(in crate::api) spawn_count: u64,
+    pub(in crate::api) build_count: u64,
+    pub(in crate::api) envd_version: &'static str,
+    pub(in crate::api) build_status: crate::model::BuildState,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct TemplateWithBuilds {
+pub(in crate::api) struct TemplateWithBuilds {
     #[serde(flatten)]
-    pub(super) template: Template,
-    pub(super) builds: Vec<Build>,
+    pub(in crate::api) template: Template,
+    pub(in crate::api) builds: Vec<Build>,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Build {
+pub(in crate::api) struct Build {
     #[serde(rename = "buildID")]
-    pub(super) build_id: String,
-    pub(super) status: crate::model::BuildState,
-    pub(super) created_at: Time,
-    pub(super) updated_at: Time,
+    pub(in crate::api) build_id: String,
+    pub(in crate::api) status: crate::model::BuildState,
+    pub(in crate::api) created_at: Time,
+    pub(in crate::api) updated_at: Time,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) finished_at: Option<Time>,
-    pub(super) cpu_count: u32,
+    pub(in crate::api) finished_at: Option<Time>,
+    pub(in crate::api) cpu_count: u32,
     #[serde(rename = "memoryMB")]
-    pub(super) memory_mb: u64,
+    pub(in crate::api) memory_mb: u64,
     #[serde(rename = "diskSizeMB")]
-    pub(super) disk_size_mb: u64,
-    pub(super) envd_version: &'static str,
+    pub(in crate::api) disk_size_mb: u64,
+    pub(in crate::api) envd_version: &'static str,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct AliasOwner {
+pub(in crate::api) struct AliasOwner {
     #[serde(rename = "templateID")]
-    pub(super) template_id: String,
-    pub(super) public: bool,
+    pub(in crate::api) template_id: String,
+    pub(in crate::api) public: bool,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct Tag {
-    pub(super) tag: String,
+pub(in crate::api) struct Tag {
+    pub(in crate::api) tag: String,
     #[serde(rename = "buildID")]
-    pub(super) build_id: String,
+    pub(in crate::api) build_id: String,
     #[serde(rename = "createdAt")]
-    pub(super) created_at: Time,
+    pub(in crate::api) created_at: Time,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct Team {
+pub(in crate::api) struct Team {
     #[serde(rename = "teamID")]
-    pub(super) team_id: &'static str,
-    pub(super) name: &'static str,
+    pub(in crate::api) team_id: &'static str,
+    pub(in crate::api) name: &'static str,
     #[serde(rename = "apiKey")]
-    pub(super) api_key: String,
+    pub(in crate::api) api_key: String,
     #[serde(rename = "isDefault")]
-    pub(super) is_default: bool,
+    pub(in crate::api) is_default: bool,
 }
 
 #[cfg(test)]

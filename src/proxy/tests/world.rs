@@ -1,8 +1,6 @@
 //! Sandboxes without a kernel: each port is a server of the test's own, on a loopback port.
 
-use crate::model::{
-    AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, OnTimeout, Resources, SandboxId, SandboxSpec, Secure, TemplateId,
-};
+use crate::model::{AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxSpec, Secure, TemplateId};
 use crate::proxy::{Door, Listener, Proxy, ProxyConfig, Seen, Switchboard, serve};
 use crate::sandbox::{InstallKey, RouteError, TokenKind, UnknownSandbox};
 use http::{Request, Response};
@@ -63,6 +61,9 @@ impl Door for FakeDoor {
         let mut cut = self.cut.clone();
         let _gone_counts_as_cut = cut.wait_for(|cut| *cut).await;
     }
+    fn in_use(&self) -> Option<crate::sandbox::InUse> {
+        None
+    }
 }
 
 #[async_trait::async_trait]
@@ -100,7 +101,7 @@ pub(super) fn spec() -> SandboxSpec {
         template: TemplateId::random(),
         build: BuildId::random(),
         alias: None,
-        lifecycle: Lifecycle { timeout: Duration::from_secs(300), on_timeout: OnTimeout::Kill, auto_resume: AutoResume::Off },
+        lifecycle: Lifecycle::of(Duration::from_secs(300)),
         resources: Resources { cpu_count: 1, memory: ByteSize::mib(512), disk: ByteSize::gib(1), pids_max: 100 },
         network: NetworkPolicy::default(),
         metadata: BTreeMap::new(),

@@ -1,0 +1,39 @@
+//! Who calls: whether a request comes from one of Novita's SDKs, and by which name it reached this server.
+
+use super::super::ApiState;
+use http::{HeaderMap, header};
+
+/// Python's and JavaScript's in all versions, and the command line under its Novita name.
+const USER_AGENT: &str = "novita-sandbox";
+
+/// Whether the headers name a Novita SDK. Everything that Novita alone does with a call depends on it: the metadata of
+/// other clients stays free text.
+pub(in crate::api) fn is_spoken_in(headers: &HeaderMap) -> bool {
+    let agent = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
+    headers.contains_key("x-novita-sdk-name") || agent.is_some_and(|agent| agent.starts_with(USER_AGENT))
+}
+
+/// The domain that an answer tells: below it the client finds the sandbox's ports. A client that came by `api.<domain>` of
+/// another name than ours (one that cannot be configured, `stillbox hosts`) resolves names of that domain and no others.
+pub(super) fn domain_for(state: &ApiState, headers: &HeaderMap) -> String {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    host.strip_prefix("api.").filter(|domain| !domain.is_empty()).unwrap_or(&state.config.domain).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(name: &'static str, value: &'static str) -> bool {
+        is_spoken_in(&HeaderMap::from_iter([(http::HeaderName::from_static(name), http::HeaderValue::from_static(value))]))
+    }
+
+    #[test]
+    fn every_version_of_the_sdks_is_known_by_its_headers_and_nobody_else_is() {
+        assert!(named("user-agent", "novita-sandbox-python-sdk/1.0.5"));
+        assert!(named("user-agent", "novita-sandbox-sdk-js/2.1.1"));
+        assert!(named("x-novita-sdk-name", "sdk_py"));
+        assert!(!named("user-agent", "e2b-python-sdk/2.63.0"));
+        assert!(!named("x-api-key", "novita-sandbox"));
+    }
+}

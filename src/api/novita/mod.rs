@@ -1,0 +1,62 @@
+//! Novita's control plane, as its SDKs speak it (contract novita.md): E2B's wherever Novita's is silent.
+//!
+//! Which dialect a call is in, its headers say ([`is_spoken_in`]): a call of a Novita SDK meets [`over`], whose routes
+//! come before E2B's. What only Novita has is served to everybody ([`own`]), so that a plain HTTP client can use it too.
+//! `wire` is what its JSON has beyond E2B's; `rules` reads the lifecycle out of a sandbox's metadata; the others are a
+//! file per resource. Both of its protocols (1.x, and 2.x "modern") are understood at once: no field or unit of one means
+//! something else in the other.
+
+mod account;
+mod caller;
+mod copies;
+mod lifecycle;
+mod observe;
+mod rules;
+mod sandboxes;
+mod unserved;
+mod wire;
+
+pub use rules::NovitaConfig;
+
+use super::ApiState;
+use super::auth::require_key;
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{any, get, post};
+pub(super) use caller::is_spoken_in;
+use tower::ServiceExt;
+
+/// What Novita answers otherwise than E2B, in front of everything else.
+pub(super) fn over(state: &ApiState, rest: Router) -> Router {
+    let instead = rest.clone();
+    let different = Router::new()
+        .route("/sandboxes", post(sandboxes::create))
+        .route("/v2/sandboxes", post(sandboxes::create).get(sandboxes::page))
+        .route("/sandboxes/metrics", get(observe::latest_metrics))
+        .route("/sandboxes/{id}", get(sandboxes::info))
+        .route("/sandboxes/{id}/timeout", post(lifecycle::set_timeout))
+        .route("/sandboxes/{id}/connect", post(lifecycle::connect))
+        .route("/v2/sandboxes/{id}/connect", post(lifecycle::connect))
+        .route("/sandboxes/{id}/resume", post(lifecycle::resume))
+        .route("/sandboxes/{id}/pause", post(lifecycle::pause))
+        .route("/sandboxes/{id}/metrics", get(observe::metrics))
+        .route("/v2/templates", get(account::templates))
+        .route_layer(from_fn_with_state(state.clone(), require_key));
+    different
+        .method_not_allowed_fallback(move |request: Request| instead.clone().oneshot(request))
+        .with_state(state.clone())
+        .fallback_service(rest)
+}
+
+/// What E2B does not have.
+pub(super) fn own(state: &ApiState) -> Router<ApiState> {
+    Router::new()
+        .route("/sandboxes/quota", get(account::quota))
+        .route("/sandboxes/{id}/clone", post(copies::clone))
+        .route("/sandboxes/{id}/commit", post(copies::commit))
+        .route("/sandboxes/{id}/reset", post(lifecycle::reset))
+        .route("/sandboxes/{id}/hotplug-memory", post(unserved::hotplug_memory))
+        .route("/sandboxes/{id}/volume-mounts", any(unserved::volume_mounts))
+        .route_layer(from_fn_with_state(state.clone(), require_key))
+}

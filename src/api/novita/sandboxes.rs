@@ -1,0 +1,92 @@
+//! Creating, showing and listing sandboxes.
+
+use super::super::ApiState;
+use super::super::body::Json as Body;
+use super::super::e2b::ask::{Query, SandboxPath};
+use super::super::e2b::list::{self, Page};
+use super::super::e2b::new_sandbox::{Version, Wanted};
+use super::super::e2b::sandboxes::{detail, idempotency_key, sandbox};
+use super::super::e2b::wire::{Sandbox, SandboxDetail};
+use super::super::error::ApiError;
+use super::caller::domain_for;
+use super::rules::{self, Bounds, DEFAULT_TIMEOUT_S};
+use super::wire;
+use crate::model::SandboxRecord;
+use axum::Json;
+use axum::extract::State;
+use http::{HeaderMap, StatusCode};
+
+/// Rows of a page when none are asked for, and the most that are given.
+const PAGE: u32 = 100;
+const PAGE_MAX: u32 = 1000;
+/// The one machine that this is, for clients that name one.
+const NODE: &str = "local";
+
+/// `POST /sandboxes`.
+pub(super) async fn create(
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    Body(new): Body<wire::NewSandbox>,
+) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
+    let key = idempotency_key(&headers)?;
+    let wanted = parse(new, bounds(&state))?;
+    let resolved = state.templates.resolve(&wanted.template).await?;
+    let record = state.registry.create(wanted.of(&resolved), key).await?;
+    Ok((StatusCode::CREATED, Json(shown(&state, &headers, record))))
+}
+
+/// The bounds of this server.
+pub(super) fn bounds(state: &ApiState) -> Bounds<'_> {
+    Bounds { novita: &state.config.novita, timeout_max: state.config.timeout_max }
+}
+
+fn parse(mut new: wire::NewSandbox, bounds: Bounds<'_>) -> Result<Wanted, ApiError> {
+    check_node(new.node_id.as_deref())?;
+    if let Some(name) = new.secrets.as_ref().and_then(|secrets| secrets.keys().next()) {
+        return Err(ApiError::bad_request(format!(
+            "secrets names a stored secret for the variable '{name}'; this server stores none, pass it in envVars"
+        )));
+    }
+    let (timeout, metadata) = (new.common.timeout, new.common.metadata.clone().unwrap_or_default());
+    new.common.allow_internet_access = new.common.allow_internet_access.or(new.allow_internet_access);
+    // Checked by the rules below, with this dialect's bound.
+    new.common.timeout = Some(DEFAULT_TIMEOUT_S);
+    let mut wanted = Wanted::parse(new.common, Version::One, bounds.timeout_max.max(std::time::Duration::from_secs(300)))?;
+    rules::apply(&mut wanted.lifecycle, timeout, &metadata, bounds)?;
+    Ok(wanted)
+}
+
+/// A node that is asked for must be this one.
+pub(super) fn check_node(node: Option<&str>) -> Result<(), ApiError> {
+    match node {
+        None | Some("" | NODE) => Ok(()),
+        Some(other) => {
+            let shown: String = other.chars().take(64).collect();
+            Err(ApiError::bad_request(format!("nodeID is '{shown}'; this server is one machine, '{NODE}': leave the field out")))
+        }
+    }
+}
+
+/// A sandbox as create, connect and clone answer it.
+pub(super) fn shown(state: &ApiState, headers: &HeaderMap, record: SandboxRecord) -> Sandbox {
+    Sandbox { domain: Some(domain_for(state, headers)), ..sandbox(state, record) }
+}
+
+/// `GET /sandboxes/{id}`.
+pub(super) async fn info(
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    SandboxPath(id): SandboxPath,
+) -> Result<Json<SandboxDetail>, ApiError> {
+    let record = state.registry.get(id)?;
+    Ok(Json(SandboxDetail { domain: Some(domain_for(&state, &headers)), ..detail(&state, record) }))
+}
+
+/// `GET /v2/sandboxes`: two pages of Novita's guide disagree about the largest page, so more than that is cut, not refused.
+pub(super) async fn page(State(state): State<ApiState>, query: Query) -> Result<Page, ApiError> {
+    let limit = match query.get("limit") {
+        None => PAGE,
+        Some(_) => query.limit(u32::MAX)?.min(PAGE_MAX),
+    };
+    list::page_of(&state, &query, limit).await
+}
