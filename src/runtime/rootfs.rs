@@ -15,9 +15,11 @@ use super::uids::IDS_PER_SANDBOX;
 use crate::sys::disk::sync_filesystem;
 use crate::sys::loop_device::{self, LoopDevice};
 use crate::sys::mount::{NewFilesystem, attach, clone_mount, map_ids, open_beneath};
+use crate::sys::mount_elsewhere::unmount_elsewhere;
 use crate::sys::userns::{FilesystemIdentity, new_user_namespace};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +31,8 @@ use std::time::{Duration, Instant};
 pub(super) const STAGE: &str = "/run";
 /// How long the kernel may take to give a loop device back after the last unmount.
 const DETACH_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long it takes when no other mount namespace has the disk; after that they are looked through.
+const DETACH_TIME_USUAL: Duration = Duration::from_millis(100);
 /// Major number of loop devices.
 const LOOP_MAJOR: u64 = 7;
 
@@ -82,7 +86,7 @@ pub enum RootError {
         #[source]
         source: io::Error,
     },
-    /// Somebody still has the disk open in another mount namespace: what was written may not be in the image yet.
+    /// The disk is in use although no mount namespace shows it: what was written may not be in the image yet.
     #[error("loop device {number} still holds {} {} s after the unmount", path.display(), DETACH_TIME_MAX.as_secs())]
     StillAttached {
         /// N of /dev/loopN.
@@ -283,11 +287,12 @@ pub enum DiskNext {
 /// Unmounts root and disk of a sandbox whose processes are gone. A disk that is kept is flushed, and its loop device has
 /// let go of the image: only then is the image whole. Succeeds when nothing is mounted.
 ///
-/// A disk that will be removed is not waited for: a foreign process with a copy of the mount table may keep it for as
-/// long as it likes, and takes only its own time.
+/// A foreign process with a private copy of the mount table would keep the disk for as long as it lives: the copies are
+/// unmounted there. Nobody waits for that when the disk will be removed.
 pub fn unmount_root(folder: &SandboxFolder, next: DiskNext) -> Result<(), RootError> {
     let disk_mount = folder.disk_mount();
     let number = loop_number(&disk_mount);
+    let devices = mounted_at([&folder.root_mount(), &disk_mount]);
     if next == DiskNext::Kept && number.is_some() {
         // An unmount is no flush while another mount namespace still has the file system.
         let opened = File::open(&disk_mount).map_err(failed("open", &disk_mount))?;
@@ -296,9 +301,34 @@ pub fn unmount_root(folder: &SandboxFolder, next: DiskNext) -> Result<(), RootEr
     for path in [folder.root_mount(), disk_mount] {
         unmount(&path).map_err(failed("unmount", &path))?;
     }
+    if number.is_some_and(|number| !detaches_soon(number, &folder.disk_image())) {
+        let copies = unmount_elsewhere(&devices).map_err(failed("enter the mount namespaces that keep", folder.path()))?;
+        for copy in copies {
+            tracing::info!(pid = copy.pid, "Unmounted {} in the mount namespace of {} too", folder.path().display(), copy.command);
+        }
+    }
     match next {
         DiskNext::Kept => wait_until_detached(&folder.disk_image()),
         DiskNext::Removed => Ok(()),
+    }
+}
+
+/// The devices of what is mounted at `paths`; what is merely a folder there is not ours to unmount elsewhere.
+fn mounted_at<const N: usize>(paths: [&Path; N]) -> BTreeSet<u64> {
+    let device = |path: &Path| fs::metadata(path).ok().map(|found| found.dev());
+    let mounted = |path: &&Path| device(path) != path.parent().and_then(device);
+    paths.into_iter().filter(mounted).filter_map(device).collect()
+}
+
+/// Whether the device lets go of the image in the time that the kernel takes when nobody else has it mounted.
+fn detaches_soon(number: u32, image: &Path) -> bool {
+    let deadline = Instant::now() + DETACH_TIME_USUAL;
+    loop {
+        match loop_device::is_attached(number, image) {
+            Ok(false) => return true,
+            _ if Instant::now() > deadline => return false,
+            _ => std::thread::sleep(Duration::from_millis(1)),
+        }
     }
 }
 

@@ -85,7 +85,7 @@ impl LoopDevice {
 }
 
 /// Whether loop device `number` still has `image` behind it.
-fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
+pub fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
     let image = std::fs::metadata(image)?;
     let node = match File::open(node_path(number)) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENOENT)) => return Ok(false),

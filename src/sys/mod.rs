@@ -9,6 +9,7 @@ pub mod device_policy;
 pub mod disk;
 pub mod loop_device;
 pub mod mount;
+pub mod mount_elsewhere;
 pub mod netns;
 pub mod process;
 pub mod sock_diag;

@@ -265,6 +265,37 @@ fn forks_of_a_running_sandbox_have_its_files_and_go_their_own_ways() {
     });
 }
 
+#[test]
+fn a_foreign_copy_of_the_mount_table_keeps_no_disk() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let (paused, killed) = (machine.sandbox(&kernel).await, machine.sandbox(&kernel).await);
+        run(&kernel, paused, "echo kept > /root/file").await;
+        let mut foreign =
+            std::process::Command::new("unshare").args(["--mount", "--propagation", "private", "sleep", "60"]).spawn().unwrap();
+        let copied = format!("/proc/{}/mountinfo", foreign.id());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let shows = |id: SandboxId| std::fs::read_to_string(&copied).unwrap().contains(&id.to_string());
+        while std::fs::read_link(format!("/proc/{}/ns/mnt", foreign.id())).unwrap() == std::fs::read_link("/proc/self/ns/mnt").unwrap() {
+            assert!(Instant::now() < deadline, "unshare did not unshare");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(shows(paused) && shows(killed));
+
+        kernel.stop(paused).await.unwrap();
+        kernel.destroy(killed).await.unwrap();
+        assert!(!shows(paused) && !shows(killed), "{}", std::fs::read_to_string(&copied).unwrap());
+        let again = StartRequest { disk: DiskSource::Own, ..machine.request(paused) };
+        machine.start(&kernel, again).await;
+        assert_eq!(run(&kernel, paused, "cat /root/file").await.text, "kept\n");
+        kernel.destroy(paused).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        foreign.kill().unwrap();
+        foreign.wait().unwrap();
+        kernel.close().await;
+    });
+}
+
 fn folder(machine: &Machine, name: &str) -> std::path::PathBuf {
     let path = machine.data_dir().join(name);
     std::fs::create_dir(&path).unwrap();
