@@ -73,6 +73,8 @@ class Server:
         """Gives a new folder the base template by hard links; makes it once per run."""
         if (self.data_dir / "layers").exists():
             return
+        if Server.template_dir is None and "STILLBOX_SDK_TEMPLATE" in os.environ:
+            Server.template_dir = pathlib.Path(os.environ["STILLBOX_SDK_TEMPLATE"])
         if Server.template_dir is None:
             Server.template_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-template-"))
             atexit.register(shutil.rmtree, Server.template_dir, ignore_errors=True)
