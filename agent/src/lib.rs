@@ -4,6 +4,7 @@
 //! ```text
 //! main ─> pid1 (secret from fd 0, stdio, lo) ─> serve ─┬─ http: /health /metrics /envs /init /files /stillbox/logs
 //!                                                      └─ rpc:  process.rs -> process/   filesystem/
+//!                                                      └─ interpreter: port 49999, where the template has one
 //! state (Agent) <── init replaces the identity; auth, users and paths answer who asks and where
 //! ```
 //!
@@ -39,6 +40,8 @@ mod filesystem;
 mod http;
 #[cfg(feature = "agent")]
 mod init;
+#[cfg(feature = "agent")]
+mod interpreter;
 #[cfg(feature = "agent")]
 mod logs;
 #[cfg(feature = "agent")]

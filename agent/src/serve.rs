@@ -9,6 +9,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, soc
 
 use crate::blocking;
 use crate::http;
+use crate::interpreter;
 use crate::process::reaper::Reaper;
 use crate::state::Agent;
 
@@ -43,6 +44,7 @@ pub fn serve(control_secret: String, path: String, listener: TcpListener) -> Res
         let agent = Agent::new(control_secret, path);
         let child_died = Reaper::listen().map_err(ServeError::Runtime)?;
         tokio::spawn(Arc::clone(&agent.reaper).run(child_died));
+        interpreter::enable(&agent);
         let listener = tokio::net::TcpListener::from_std(listener).map_err(ServeError::Runtime)?;
         // Without TCP_NODELAY a short stream waits 40 ms for the peer's delayed acknowledgement.
         let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));

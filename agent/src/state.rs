@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::filesystem::watchers::Watchers;
+use crate::interpreter::Interpreter;
 use crate::logs::Log;
 use crate::metrics::CpuMeter;
 use crate::process::Table;
@@ -22,6 +23,7 @@ pub(crate) struct Agent {
     pub(crate) reaper: Arc<Reaper>,
     pub(crate) log: Log,
     pub(crate) cpu_meter: CpuMeter,
+    pub(crate) interpreter: Interpreter,
 }
 
 /// Which sandbox this is. Taken whole by a request when it begins, so that an /init in between changes nothing for it.
@@ -62,6 +64,7 @@ impl Agent {
             log: Log::default(),
             cpu_meter: CpuMeter::new(),
             watchers: Watchers::default(),
+            interpreter: Interpreter::default(),
         })
     }
 

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub const ENVD_VERSION: &str = "0.6.13";
 /// Where the agent listens inside the sandbox.
 pub const AGENT_PORT: u16 = 49983;
+/// Where the agent serves the code interpreter, in templates that have one.
+pub const INTERPRETER_PORT: u16 = 49999;
 /// Carries the control secret on [`INIT_PATH`] and [`LOGS_PATH`].
 pub const CONTROL_HEADER: &str = "x-stillbox-control";
 /// POST [`InitRequest`] as JSON; 204 when all of it holds, 400 or 401 when nothing has changed.

@@ -54,9 +54,14 @@ pub(crate) async fn post(State(agent): State<Arc<Agent>>, headers: HeaderMap, bo
     auth::check_control_secret(&control_secret, &headers)?;
     let request: InitRequest = serde_json::from_slice(&body).map_err(InitError::Json)?;
     let entropy = check(&request)?;
+    let is_another = agent.identity().sandbox_id != request.sandbox_id;
     apply(&agent, &request, &entropy)?;
     *control_secret = request.control_secret;
     agent.reaper.reap_all();
+    if is_another {
+        // A resumed sandbox is the same one, and its kernels go on as if nothing had been.
+        agent.interpreter.introduce(&agent);
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -1,0 +1,184 @@
+//! A kernel, whichever wire it speaks: one running program that keeps a language's state between cells.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::jupyter::JupyterKernel;
+use super::languages::{Language, Wire};
+use super::lines::LinesKernel;
+use super::output::Output;
+use super::process::StartError;
+use crate::state::Agent;
+
+/// What a kernel tells.
+#[derive(Debug)]
+pub(super) enum Event {
+    Output(Output),
+    /// The cell has ended; it takes the next.
+    Done,
+    /// The kernel is gone, with the reason for people.
+    Died(String),
+}
+
+/// Whether a cell counts and its outputs are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Visibility {
+    Shown,
+    Silent,
+}
+
+/// Variables to give to a running kernel, and those to take from it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub(super) struct EnvChange {
+    pub(super) set: BTreeMap<String, String>,
+    pub(super) unset: Vec<String>,
+}
+
+impl EnvChange {
+    /// What makes `old` into `new`.
+    pub(super) fn between(old: &BTreeMap<String, String>, new: &BTreeMap<String, String>) -> EnvChange {
+        let is_new = |(name, value): &(&String, &String)| old.get(*name) != Some(value);
+        EnvChange {
+            set: new.iter().filter(is_new).map(|(name, value)| (name.clone(), value.clone())).collect(),
+            unset: old.keys().filter(|name| !new.contains_key(*name)).cloned().collect(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.set.is_empty() && self.unset.is_empty()
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Kernel {
+    Jupyter(Box<JupyterKernel>),
+    Lines(Box<LinesKernel>),
+}
+
+impl Kernel {
+    /// Returns when it takes cells.
+    pub(super) async fn start(agent: &Agent, language: &Language, cwd: &str) -> Result<Kernel, StartError> {
+        match language.wire {
+            Wire::JupyterIpc | Wire::JupyterTcp => {
+                JupyterKernel::start(agent, language, cwd).await.map(|kernel| Kernel::Jupyter(Box::new(kernel)))
+            }
+            Wire::Lines | Wire::Bash => LinesKernel::start(agent, language, cwd).await.map(|kernel| Kernel::Lines(Box::new(kernel))),
+        }
+    }
+
+    /// Runs a first cell that nobody sees: what a kernel loads and compiles for it is in the template's dump afterwards.
+    pub(super) async fn practise(&mut self, language: &str) {
+        let (Kernel::Jupyter(kernel), "python") = (self, language) else { return };
+        if kernel.begin("get_ipython().display_formatter.format([1])", Visibility::Silent).await.is_ok() {
+            // A kernel that dies of it shows that again with its first cell.
+            while let Event::Output(_) = kernel.next().await {}
+        }
+    }
+
+    /// Hands over a cell. Not before the former one has ended.
+    pub(super) async fn begin(&mut self, code: &str, visibility: Visibility) -> io::Result<()> {
+        match self {
+            Kernel::Jupyter(kernel) => kernel.begin(code, visibility).await,
+            Kernel::Lines(kernel) => kernel.begin(code).await,
+        }
+    }
+
+    /// Cancel-safe. Between cells it tells of nothing but the kernel's death.
+    pub(super) async fn next(&mut self) -> Event {
+        match self {
+            Kernel::Jupyter(kernel) => kernel.next().await,
+            Kernel::Lines(kernel) => kernel.next().await,
+        }
+    }
+
+    /// As Ctrl-C. The cell ends by itself some time later, or goes on if its language lets it.
+    pub(super) async fn interrupt(&mut self) {
+        match self {
+            Kernel::Jupyter(kernel) => kernel.process.interrupt(),
+            Kernel::Lines(kernel) => kernel.interrupt().await,
+        }
+    }
+
+    /// Changes the variables that the next cell sees.
+    pub(super) async fn change_env(&mut self, language: &str, change: &EnvChange) -> io::Result<()> {
+        match self {
+            Kernel::Lines(kernel) => kernel.change_env(change).await,
+            Kernel::Jupyter(kernel) => {
+                let Some(code) = env_code(language, change) else { return Ok(()) };
+                kernel.begin(&code, Visibility::Silent).await?;
+                match kernel.next().await {
+                    Event::Done | Event::Output(_) => Ok(()),
+                    Event::Died(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+                }
+            }
+        }
+    }
+
+    /// The sandbox has become another one, perhaps in the middle of a cell: new variables, and randomness of its own.
+    /// Returns at once. A Jupyter kernel reads the file when the signal comes, between two instructions of whatever it
+    /// runs; a request would wait for the end of the cell, and two forks would go on with the same random numbers.
+    pub(super) async fn introduce(&mut self, change: &EnvChange) -> io::Result<()> {
+        match self {
+            Kernel::Lines(kernel) => kernel.change_env(change).await,
+            Kernel::Jupyter(kernel) => {
+                let (aside, file): (PathBuf, PathBuf) = (kernel.folder().join("identity.new"), kernel.folder().join("identity.json"));
+                std::fs::write(&aside, json!(change).to_string())?;
+                std::fs::rename(&aside, &file)?;
+                kernel.process.poke();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Code that changes variables in a kernel of `language`; None for one of which it is not known. JSON's strings are
+/// those of Python and R, as long as nothing but quotes, backslashes and control characters is escaped.
+fn env_code(language: &str, change: &EnvChange) -> Option<String> {
+    let lines = |line: &dyn Fn(&str, &str) -> String| {
+        change.set.iter().map(|(name, value)| line(&json!(name).to_string(), &json!(value).to_string())).collect::<Vec<_>>().join("\n")
+    };
+    match language {
+        "python" => {
+            let (set, unset) = (json!(change.set), json!(change.unset));
+            Some(format!("__import__('os').environ.update({set})\nfor _ in {unset}: __import__('os').environ.pop(_, None)"))
+        }
+        "r" => {
+            let set = lines(&|name, value| format!("do.call(Sys.setenv, setNames(list({value}), {name}))"));
+            let unset: Vec<String> = change.unset.iter().map(|name| format!("Sys.unsetenv({})", json!(name))).collect();
+            Some(format!("{set}\n{}", unset.join("\n")))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn envs(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_change_holds_what_differs_and_nothing_else() {
+        let (old, new) = (envs(&[("A", "1"), ("B", "2"), ("C", "3")]), envs(&[("A", "1"), ("B", "x"), ("D", "4")]));
+        let change = EnvChange::between(&old, &new);
+        assert_eq!(change, EnvChange { set: envs(&[("B", "x"), ("D", "4")]), unset: vec!["C".into()] });
+        assert!(EnvChange::between(&new, &new).is_empty());
+    }
+
+    #[test]
+    fn values_are_quoted_for_their_language() {
+        let change = EnvChange { set: envs(&[("A", "it's \"x\"\n\\ü")]), unset: vec!["B".into()] };
+        let python = env_code("python", &change).unwrap();
+        assert!(python.starts_with(r#"__import__('os').environ.update({"A":"it's \"x\"\n\\ü"})"#), "{python}");
+        assert!(python.ends_with(r#"for _ in ["B"]: __import__('os').environ.pop(_, None)"#), "{python}");
+        let r = env_code("r", &change).unwrap();
+        assert_eq!(r, "do.call(Sys.setenv, setNames(list(\"it's \\\"x\\\"\\n\\\\ü\"), \"A\"))\nSys.unsetenv(\"B\")");
+        assert_eq!(env_code("cobol", &change), None);
+    }
+}
