@@ -5,13 +5,12 @@
 
 use crate::api::{self, ApiConfig, ApiState};
 use crate::config::{ApiKey, Config, Listen, LogFormat};
-use crate::model::BuildId;
 use crate::proxy::{self, Proxy, ProxyConfig, tls};
 use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
 use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
-use crate::template::{self, Templates};
+use crate::template::{self, Resolved, Templates};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -96,13 +95,14 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     let key = api_key(&config)?;
     let tls = certificates(&config, &install.instance.to_string())?;
     let templates = Templates::open(config.template.clone(), store.clone());
-    let base = templates.ensure_built_in("base", |line| info!("Template base: {line}")).await?;
+    templates.ensure_built_in("base", |line| info!("Template base: {line}")).await?;
+    let built_ins = templates.adopt_built_ins().await?;
     let kernel = Kernel::open(config.runtime.clone(), install.instance).await?;
     config.sandbox.nameservers = kernel.nameservers();
     let runtime: Arc<dyn Runtime> = Arc::new(kernel);
     let token_key = InstallKey::from_bytes(install.key);
     let registry = Registry::open_with(config.sandbox.clone(), token_key, store, Arc::clone(&runtime), seams(&config)).await?;
-    tokio::spawn(make_ready(registry.clone(), base.build.id));
+    tokio::spawn(make_ready(registry.clone(), built_ins));
     let (stop, stopped) = watch::channel(false);
     let servers = spawn_listeners(&config, bound, tls, &registry, &templates, key, &stopped)?;
     info!(
@@ -135,10 +135,14 @@ fn seams(config: &Config) -> Seams {
     seams
 }
 
-/// So that the first create is a restore already; until then creates are cold starts.
-async fn make_ready(registry: Registry, build: BuildId) {
-    if let Err(error) = registry.make_ready(build).await {
-        warn!(error = &error as &dyn std::error::Error, "Template base has no dump yet; its sandboxes start cold");
+/// So that the first create is a restore already; until then creates are cold starts. One after the other, base first.
+async fn make_ready(registry: Registry, mut built_ins: Vec<Resolved>) {
+    built_ins.sort_by_key(|built_in| built_in.build.layers.len());
+    for Resolved { template, build } in built_ins {
+        if let Err(error) = registry.make_ready(build.id).await {
+            let name = template.aliases.first().map_or("", String::as_str);
+            warn!(error = &error as &dyn std::error::Error, "Template {name} has no dump yet; its sandboxes start cold");
+        }
     }
 }
 

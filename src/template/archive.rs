@@ -29,6 +29,9 @@ pub struct Manifest {
     pub format: u32,
     /// The template's alias.
     pub name: String,
+    /// Its other aliases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
     /// One line for people.
     pub description: String,
     /// What it was made from: the recipe's hash.
@@ -51,14 +54,15 @@ pub struct Manifest {
 
 impl Manifest {
     /// The manifest of what a recipe became.
-    pub fn of_recipe(recipe: &super::Recipe, layer: String) -> Self {
+    pub fn of_recipe(recipe: &super::Recipe, layers: Vec<String>) -> Self {
         let given = |command: &str| Some(command.to_owned()).filter(|command| !command.is_empty());
         Self {
             format: FORMAT,
             name: recipe.name.clone(),
+            aliases: recipe.aliases.clone(),
             description: recipe.description.clone(),
             origin: recipe.hash.clone(),
-            layers: vec![layer],
+            layers,
             user: recipe.defaults.user.clone(),
             workdir: recipe.defaults.workdir.clone(),
             env: recipe.defaults.env.clone(),
@@ -247,7 +251,7 @@ fn hold(data_dir: &Path, id: &str) -> Result<Option<Lease>, LayerError> {
 }
 
 /// All of them, or `None` when one is missing.
-fn hold_all(data_dir: &Path, ids: &[String]) -> Result<Option<Vec<Lease>>, LayerError> {
+pub(super) fn hold_all(data_dir: &Path, ids: &[String]) -> Result<Option<Vec<Lease>>, LayerError> {
     ids.iter().map(|id| hold(data_dir, id)).collect()
 }
 
@@ -279,7 +283,7 @@ mod tests {
         fs::create_dir(incoming.rootfs().join("etc")).unwrap();
         fs::write(incoming.rootfs().join("etc/motd"), "hello\n").unwrap();
         let layer = incoming.commit(None).unwrap().id().to_owned();
-        (data_dir, Manifest::of_recipe(&super::super::Recipe::built_in("base").unwrap(), layer))
+        (data_dir, Manifest::of_recipe(&super::super::Recipe::built_in("base").unwrap(), vec![layer]))
     }
 
     fn exported() -> (tempfile::TempDir, Manifest, PathBuf) {

@@ -9,8 +9,9 @@ use super::archive::{self, ArchiveError, Imported, Manifest};
 use super::layer::{self, Incoming, LayerError};
 use super::lease::Lease;
 use super::mirror::{self, MirrorError, Mirrors};
+use super::recipe::{Ground, RecipeError, Rootfs};
 use super::unpack::{UnpackError, unpack};
-use super::{Recipe, TemplateConfig};
+use super::{Recipe, TemplateConfig, layered};
 use sha2::{Digest, Sha256};
 use std::collections::VecDeque;
 use std::fs;
@@ -52,8 +53,10 @@ pub enum BootstrapError {
     #[error(transparent)]
     Mirror(#[from] MirrorError),
     /// It ended with an error.
-    #[error("mmdebstrap failed ({status}); its output ends:\n{log}\n{hint}")]
+    #[error("{program} failed ({status}); its output ends:\n{log}\n{hint}")]
     Failed {
+        /// What ran.
+        program: &'static str,
         /// Exit code or signal.
         status: String,
         /// The last lines.
@@ -67,6 +70,15 @@ pub enum BootstrapError {
     /// A layer could not be stored.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The template below was removed meanwhile.
+    #[error("template {name} was removed while another was made on it; run it again")]
+    Gone {
+        /// Its name.
+        name: String,
+    },
+    /// The recipe below, which is part of this binary, is wrong.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
     /// The manifest could not be written.
     #[error("could not write {}", path.display())]
     Manifest {
@@ -90,16 +102,27 @@ pub fn ensure(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) 
     let Imported { manifest, held } = match from_cache(recipe, config, progress) {
         Some(imported) => imported,
         None => {
-            let layer = bootstrap(recipe, config, progress)?;
-            let manifest = Manifest::of_recipe(recipe, layer.id().to_owned());
+            let held = layers(recipe, config, progress)?;
+            let manifest = Manifest::of_recipe(recipe, held.iter().map(|layer| layer.id().to_owned()).collect());
             put_in_cache(&manifest, config, progress);
-            Imported { manifest, held: vec![layer] }
+            Imported { manifest, held }
         }
     };
     save(&manifest, &config.data_dir)?;
     drop(held);
     progress(&format!("template {} is ready after {:.1} s", recipe.name, started.elapsed().as_secs_f64()));
     Ok(manifest)
+}
+
+/// Makes what the recipe describes, what lies below it included.
+fn layers(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -> Result<Vec<Lease>, BootstrapError> {
+    match &recipe.ground {
+        Ground::Rootfs(rootfs) => Ok(vec![bootstrap(recipe, rootfs, config, progress)?]),
+        Ground::Layer(layer) => {
+            let below = ensure(&Recipe::built_in(&layer.from)?, config, progress)?;
+            layered::build(recipe, layer, &below, config, progress)
+        }
+    }
 }
 
 // ---------------------------------------------------------------- manifests in the data folder
@@ -109,7 +132,7 @@ fn manifest_file(data_dir: &Path, name: &str, origin: &str) -> PathBuf {
 }
 
 /// What an earlier start or import made of this very recipe, if all of it is there.
-fn finished(recipe: &Recipe, data_dir: &Path) -> Option<Manifest> {
+pub fn finished(recipe: &Recipe, data_dir: &Path) -> Option<Manifest> {
     let text = fs::read(manifest_file(data_dir, &recipe.name, &recipe.hash)).ok()?;
     let manifest: Manifest = serde_json::from_slice(&text).ok()?;
     let is_whole = manifest.layers.iter().all(|id| layer::folder_of(data_dir, id).is_dir());
@@ -200,16 +223,16 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 // ---------------------------------------------------------------- mmdebstrap
 
 /// Makes the recipe's root file system from packages and answers the layer.
-fn bootstrap(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -> Result<Lease, BootstrapError> {
+fn bootstrap(recipe: &Recipe, rootfs: &Rootfs, config: &TemplateConfig, progress: Progress<'_>) -> Result<Lease, BootstrapError> {
     if !Path::new(KEYRING).exists() {
         return Err(BootstrapError::Keyring);
     }
     let mirrors = mirror::find(config)?;
-    progress(&format!("making template {} from {} of {} (about a minute, once)", recipe.name, recipe.rootfs.suite, mirrors.main));
+    progress(&format!("making template {} from {} of {} (about a minute, once)", recipe.name, rootfs.suite, mirrors.main));
     let incoming = Incoming::new(&config.data_dir)?;
     let work = incoming.scratch();
     write_recipe(recipe, &work.join("recipe")).map_err(|source| BootstrapError::Manifest { path: work.join("recipe"), source })?;
-    let mut child = start(recipe, &mirrors, work)?;
+    let mut child = start(recipe, rootfs, &mirrors, work)?;
     let log = Log::default();
     let unpacked = std::thread::scope(|scope| {
         let stderr = child.0.stderr.take();
@@ -225,14 +248,14 @@ fn bootstrap(recipe: &Recipe, config: &TemplateConfig, progress: Progress<'_>) -
     // When it failed, its own words say more than the tar that ended early.
     if !status.success() && !child.1 {
         let log = log.end();
-        return Err(BootstrapError::Failed { status: status.to_string(), hint: hint_for(&log), log });
+        return Err(BootstrapError::Failed { program: "mmdebstrap", status: status.to_string(), hint: hint_for(&log), log });
     }
     let unpacked = unpacked?;
     progress(&format!("unpacked {} files, {} MiB", unpacked.entries, unpacked.bytes >> 20));
     Ok(incoming.commit(None)?)
 }
 
-fn write_recipe(recipe: &Recipe, folder: &Path) -> io::Result<()> {
+pub(super) fn write_recipe(recipe: &Recipe, folder: &Path) -> io::Result<()> {
     for (name, content) in &recipe.files {
         let file = folder.join(name);
         fs::create_dir_all(file.parent().unwrap_or(folder))?;
@@ -242,9 +265,13 @@ fn write_recipe(recipe: &Recipe, folder: &Path) -> io::Result<()> {
 }
 
 /// The child, and whether it was stopped by us. Dropped while running, it is stopped.
-struct Running(Child, bool);
+pub(super) struct Running(pub(super) Child, bool);
 
 impl Running {
+    pub(super) fn of(child: Child) -> Self {
+        Self(child, false)
+    }
+
     /// SIGTERM, on which mmdebstrap removes what it has made.
     fn stop(&mut self) {
         self.1 = true;
@@ -264,7 +291,7 @@ impl Drop for Running {
     }
 }
 
-fn start(recipe: &Recipe, mirrors: &Mirrors, work: &Path) -> Result<Running, BootstrapError> {
+fn start(recipe: &Recipe, rootfs: &Rootfs, mirrors: &Mirrors, work: &Path) -> Result<Running, BootstrapError> {
     let missing = |program, package| move |source| BootstrapError::Program { program, package, source };
     // unshare would only report exit code 127 for it.
     Command::new("mmdebstrap")
@@ -281,12 +308,12 @@ fn start(recipe: &Recipe, mirrors: &Mirrors, work: &Path) -> Result<Running, Boo
     };
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", &script, "sh", "mmdebstrap"]);
-    command.args(arguments(recipe, mirrors));
+    command.args(arguments(recipe, rootfs, mirrors));
     command.env("TMPDIR", &rootfs_work).env("STILLBOX_RECIPE", work.join("recipe")).env("LC_ALL", "C.UTF-8");
     command.env("SOURCE_DATE_EPOCH", start_of_today().to_string());
     command.envs(mirror::proxies());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Ok(Running(command.spawn().map_err(missing("unshare", "util-linux"))?, false))
+    Ok(Running::of(command.spawn().map_err(missing("unshare", "util-linux"))?))
 }
 
 /// Times are clamped to the day's start: two builds on a day are alike, and no file is older than the compiled Python
@@ -305,8 +332,7 @@ fn tmpfs_kib() -> Option<u64> {
 }
 
 /// Hooks get the recipe's folder by $STILLBOX_RECIPE; names in it are plain (recipe.rs), so they need no quotes.
-fn arguments(recipe: &Recipe, mirrors: &Mirrors) -> Vec<String> {
-    let rootfs = &recipe.rootfs;
+fn arguments(recipe: &Recipe, rootfs: &Rootfs, mirrors: &Mirrors) -> Vec<String> {
     let mut arguments = vec![
         "--mode=root".to_owned(),
         "--format=tar".to_owned(),
@@ -316,25 +342,29 @@ fn arguments(recipe: &Recipe, mirrors: &Mirrors) -> Vec<String> {
     ];
     arguments.extend(rootfs.apt_options.iter().map(|option| format!("--aptopt={option}")));
     arguments.extend(rootfs.dpkg_options.iter().map(|option| format!("--dpkgopt={option}")));
-    for file in &recipe.added {
-        let (mode, source, path) = (&file.mode, &file.source, &file.path);
-        arguments.push(format!("--customize-hook=install -D -o 0 -g 0 -m {mode} \"$STILLBOX_RECIPE\"/{source} \"$1\"{path}"));
-    }
-    for script in &recipe.hooks.customize {
-        arguments.push(format!("--customize-hook=chroot \"$1\" /bin/sh -eu < \"$STILLBOX_RECIPE\"/{script}"));
-    }
+    arguments.extend(finishing(recipe).iter().map(|line| format!("--customize-hook={line}")));
     arguments.push(rootfs.suite.clone());
     arguments.push("-".to_owned());
     arguments.extend(mirrors.source_lines(rootfs));
     arguments
 }
 
+/// Shell lines that put the recipe's files in place and run its scripts; `$1` is the root file system.
+pub(super) fn finishing(recipe: &Recipe) -> Vec<String> {
+    let files = recipe.added.iter().map(|file| {
+        let (mode, source, path) = (&file.mode, &file.source, &file.path);
+        format!("install -D -o 0 -g 0 -m {mode} \"$STILLBOX_RECIPE\"/{source} \"$1\"{path}")
+    });
+    let scripts = recipe.hooks.customize.iter().map(|script| format!("chroot \"$1\" /bin/sh -eu < \"$STILLBOX_RECIPE\"/{script}"));
+    files.chain(scripts).collect()
+}
+
 /// The last lines of the child's standard error.
 #[derive(Default)]
-struct Log(std::sync::Mutex<VecDeque<String>>);
+pub(super) struct Log(std::sync::Mutex<VecDeque<String>>);
 
 impl Log {
-    fn follow(&self, stderr: impl Read, progress: Progress<'_>) {
+    pub(super) fn follow(&self, stderr: impl Read, progress: Progress<'_>) {
         for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
             let line: String = String::from_utf8_lossy(&line).chars().filter(|c| !c.is_control()).take(500).collect();
             if let Some(step) = line.strip_prefix("I: ").filter(|step| is_step(step)) {
@@ -348,7 +378,7 @@ impl Log {
         }
     }
 
-    fn end(&self) -> String {
+    pub(super) fn end(&self) -> String {
         let lines = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         lines.iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
     }
@@ -356,11 +386,13 @@ impl Log {
 
 /// What takes time, of what mmdebstrap says.
 fn is_step(line: &str) -> bool {
-    ["running apt-get update", "downloading", "extracting", "installing", "creating tarball"].iter().any(|step| line.starts_with(step))
+    ["running apt-get update", "downloading", "extracting", "installing", "compiling", "finishing", "creating tarball"]
+        .iter()
+        .any(|step| line.starts_with(step))
 }
 
 /// The next step for what most often goes wrong.
-fn hint_for(log: &str) -> &'static str {
+pub(super) fn hint_for(log: &str) -> &'static str {
     if log.contains("NO_PUBKEY") || log.contains("not signed") {
         "this machine's debian-archive-keyring is older than the release; apt-get update && apt-get install debian-archive-keyring"
     } else if log.contains("Could not resolve") || log.contains("Could not connect") || log.contains("Failed to fetch") {

@@ -4,7 +4,7 @@
 //! by bootstrap.rs and archive.rs before a row names them.
 
 use super::bootstrap::{self, BootstrapError};
-use super::{Manifest, Recipe, TemplateConfig, archive};
+use super::{Manifest, Recipe, TemplateConfig, archive, recipe};
 use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, TemplateId, TemplateRecord};
 use crate::store::{Db, Store, StoreError, sandboxes, templates};
 use std::collections::BTreeMap;
@@ -131,10 +131,36 @@ impl Templates {
         Ok(self.store.write(move |db| register(db, &manifest, now())).await?)
     }
 
+    /// Every built-in template that is on disk already, with its rows: made by `stillbox template build`, imported, or
+    /// made by an earlier server. Makes nothing.
+    pub async fn adopt_built_ins(&self) -> Result<Vec<Resolved>, BuiltInError> {
+        let mut adopted = Vec::new();
+        for name in recipe::built_in_names() {
+            let recipe = Recipe::built_in(&name)?;
+            let Some(manifest) = bootstrap::finished(&recipe, &self.config.data_dir) else { continue };
+            adopted.push(self.store.write(move |db| register(db, &manifest, now())).await?);
+        }
+        Ok(adopted)
+    }
+
     /// The template and build that `name[:tag]`, `team/name[:tag]` or an id names. There is one team here, so its name
     /// is not looked at.
     pub async fn resolve(&self, name: &str) -> Result<Resolved, ResolveError> {
         let asked = Name::parse(name)?;
+        let wanted = asked.clone();
+        match self.store.read(move |db| Ok(find(db, &wanted))).await? {
+            Err(ResolveError::UnknownTemplate(name)) => self.resolve_new(asked, name).await,
+            found => found,
+        }
+    }
+
+    /// A built-in template that `stillbox template build` has made while this server runs.
+    async fn resolve_new(&self, asked: Name, unknown: String) -> Result<Resolved, ResolveError> {
+        let recipes = recipe::built_in_names().into_iter().filter_map(|name| Recipe::built_in(&name).ok());
+        let mut named = recipes.filter(|recipe| recipe.name == asked.template || recipe.aliases.contains(&asked.template));
+        let manifest = named.find_map(|recipe| bootstrap::finished(&recipe, &self.config.data_dir));
+        let Some(manifest) = manifest else { return Err(ResolveError::UnknownTemplate(unknown)) };
+        self.store.write(move |db| register(db, &manifest, now())).await?;
         self.store.read(move |db| Ok(find(db, &asked))).await?
     }
 
@@ -191,6 +217,7 @@ fn register(db: &Db<'_>, manifest: &Manifest, now: OffsetDateTime) -> Result<Res
         Some(template) => template,
         None => new_template(db, manifest, now)?,
     };
+    add_aliases(db, &template, manifest)?;
     let builds = templates::builds_of(db, template.id)?;
     let build = match builds.into_iter().find(|build| is_of(build, manifest)) {
         Some(build) => build,
@@ -221,6 +248,16 @@ fn new_template(db: &Db<'_>, manifest: &Manifest, now: OffsetDateTime) -> Result
     };
     templates::insert(db, &template)?;
     Ok(template)
+}
+
+/// Names that nobody else's template has.
+fn add_aliases(db: &Db<'_>, template: &TemplateRecord, manifest: &Manifest) -> Result<(), StoreError> {
+    for alias in &manifest.aliases {
+        if templates::id_of_alias(db, alias)?.is_none() {
+            templates::add_alias(db, template.id, alias)?;
+        }
+    }
+    Ok(())
 }
 
 fn new_build(db: &Db<'_>, template: TemplateId, manifest: &Manifest, now: OffsetDateTime) -> Result<BuildRecord, StoreError> {
@@ -308,7 +345,7 @@ mod tests {
     use super::*;
 
     fn manifest(layer: &str) -> Manifest {
-        Manifest::of_recipe(&Recipe::built_in("base").unwrap(), layer.to_owned())
+        Manifest::of_recipe(&Recipe::built_in("base").unwrap(), vec![layer.to_owned()])
     }
 
     async fn opened() -> (tempfile::TempDir, Templates) {

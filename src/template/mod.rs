@@ -8,6 +8,7 @@ pub mod bootstrap;
 mod catalog;
 pub mod image;
 pub mod layer;
+mod layered;
 pub mod lease;
 mod mirror;
 pub mod recipe;

@@ -76,6 +76,29 @@ pub struct Rootfs {
     pub dpkg_options: Vec<String>,
 }
 
+/// What a layer on another template adds to it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// The built-in template below.
+    pub from: String,
+    /// Debian packages.
+    #[serde(default)]
+    pub packages: Vec<String>,
+    /// Python packages, as requirements without blanks; they come from wherever pip is configured to look.
+    #[serde(default)]
+    pub pip: Vec<String>,
+}
+
+/// Where a template's files come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ground {
+    /// A root file system of its own.
+    Rootfs(Rootfs),
+    /// Another built-in template, with one more layer.
+    Layer(Layer),
+}
+
 /// A file of the recipe that is put into the rootfs, owned by root.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -136,7 +159,10 @@ struct Limits {
 struct RecipeToml {
     name: String,
     description: String,
-    rootfs: Rootfs,
+    #[serde(default)]
+    aliases: Vec<String>,
+    rootfs: Option<Rootfs>,
+    layer: Option<Layer>,
     #[serde(default)]
     files: Vec<AddedFile>,
     #[serde(default)]
@@ -154,8 +180,10 @@ pub struct Recipe {
     pub name: String,
     /// One line for people.
     pub description: String,
-    /// The root file system.
-    pub rootfs: Rootfs,
+    /// Other names of the template.
+    pub aliases: Vec<String>,
+    /// What the files are made of.
+    pub ground: Ground,
     /// Files added to it.
     pub added: Vec<AddedFile>,
     /// Scripts run in it.
@@ -166,7 +194,7 @@ pub struct Recipe {
     pub resources: Resources,
     /// What runs in it.
     pub start: Start,
-    /// SHA-256 (hex) of all of the folder.
+    /// SHA-256 (hex) of all of the folder, and of the recipe below.
     pub hash: String,
     /// All of the folder.
     pub files: RecipeFiles,
@@ -194,7 +222,9 @@ impl Recipe {
 
 /// Names of the templates that come with the binary.
 pub fn built_in_names() -> Vec<String> {
-    BUILT_IN.dirs().filter_map(|dir| dir.path().to_str()).map(str::to_owned).collect()
+    let mut names: Vec<String> = BUILT_IN.dirs().filter_map(|dir| dir.path().to_str()).map(str::to_owned).collect();
+    names.sort();
+    names
 }
 
 fn embedded_files(dir: &Dir<'_>) -> RecipeFiles {
@@ -208,6 +238,11 @@ fn embedded_files(dir: &Dir<'_>) -> RecipeFiles {
         }
     }
     files
+}
+
+/// A layer is another one when what lies below it is another.
+fn hash_on(below: &Recipe, own: &str) -> String {
+    hex::encode(Sha256::digest(format!("{}\n{own}", below.hash)))
 }
 
 /// Lengths go in with the bytes, so that no two folders read as the same sequence.
@@ -229,11 +264,27 @@ fn check(folder: &str, parsed: RecipeToml, hash: String, files: RecipeFiles) -> 
         value: value.to_owned(),
         problem,
     };
-    let RecipeToml { name, description, rootfs, files: added, hooks, defaults, resources, start } = parsed;
+    let RecipeToml { name, description, aliases, rootfs, layer, files: added, hooks, defaults, resources, start } = parsed;
     if name != folder {
         return Err(wrong("name", &name, "is not the name of its folder"));
     }
-    check_rootfs(&rootfs, &wrong)?;
+    if let Some(alias) =
+        aliases.iter().find(|alias| !alias.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-'))
+    {
+        return Err(wrong("aliases", alias, "is not a name of small letters, digits and '-'"));
+    }
+    let (ground, hash) = match (rootfs, layer) {
+        (Some(rootfs), None) => {
+            check_rootfs(&rootfs, &wrong)?;
+            (Ground::Rootfs(rootfs), hash)
+        }
+        (None, Some(layer)) => {
+            check_layer(&layer, &wrong)?;
+            let hash = hash_on(&Recipe::built_in(&layer.from)?, &hash);
+            (Ground::Layer(layer), hash)
+        }
+        (Some(_), Some(_)) | (None, None) => return Err(wrong("rootfs or layer", "", "has to be given, one of the two")),
+    };
     for file in &added {
         if !is_clean_absolute(&file.path) || !file.path.bytes().all(is_file_name_byte) {
             return Err(wrong("files.path", &file.path, "is not an absolute path of plain names without '..'"));
@@ -257,15 +308,11 @@ fn check(folder: &str, parsed: RecipeToml, hash: String, files: RecipeFiles) -> 
         disk: size("resources.disk", &resources.disk)?,
         pids_max: resources.pids_max,
     };
-    Ok(Recipe { name, description, rootfs, added, hooks, defaults, resources, start, hash, files })
+    Ok(Recipe { name, description, aliases, ground, added, hooks, defaults, resources, start, hash, files })
 }
 
 /// These words become arguments of mmdebstrap; none may be mistaken for an option or hold more than one word.
 fn check_rootfs(rootfs: &Rootfs, wrong: &dyn Fn(&'static str, &str, &'static str) -> RecipeError) -> Result<(), RecipeError> {
-    let is_word = |text: &str| {
-        text.starts_with(|first: char| first.is_ascii_alphanumeric())
-            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
-    };
     let words = [("rootfs.suite", &rootfs.suite), ("rootfs.variant", &rootfs.variant)];
     let components = rootfs.components.iter().map(|word| ("rootfs.components", word));
     let packages = rootfs.packages.iter().map(|word| ("rootfs.packages", word));
@@ -275,6 +322,26 @@ fn check_rootfs(rootfs: &Rootfs, wrong: &dyn Fn(&'static str, &str, &'static str
         }
     }
     Ok(())
+}
+
+/// These become arguments of apt-get and pip.
+fn check_layer(layer: &Layer, wrong: &dyn Fn(&'static str, &str, &'static str) -> RecipeError) -> Result<(), RecipeError> {
+    if let Some(word) = layer.packages.iter().find(|word| !is_word(word)) {
+        return Err(wrong("layer.packages", word, "is not one word of letters, digits, '+', '-' and '.'"));
+    }
+    let is_requirement = |text: &str| {
+        text.starts_with(|first: char| first.is_ascii_alphanumeric())
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-._=<>~![],".contains(&byte))
+    };
+    match layer.pip.iter().find(|text| !is_requirement(text)) {
+        Some(text) => Err(wrong("layer.pip", text, "is not a requirement without blanks")),
+        None => Ok(()),
+    }
+}
+
+fn is_word(text: &str) -> bool {
+    text.starts_with(|first: char| first.is_ascii_alphanumeric())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
 }
 
 fn is_clean_absolute(path: &str) -> bool {
@@ -301,13 +368,14 @@ mod tests {
     #[test]
     fn base_is_trixie_with_the_user_that_everybody_expects() {
         let base = Recipe::built_in("base").unwrap();
-        assert_eq!((base.rootfs.suite.as_str(), base.defaults.user.as_str()), ("trixie", "user"));
+        let Ground::Rootfs(rootfs) = &base.ground else { unreachable!("base stands on nothing") };
+        assert_eq!((rootfs.suite.as_str(), base.defaults.user.as_str()), ("trixie", "user"));
         assert_eq!(base.defaults.workdir, "/home/user");
         assert_eq!(base.resources.disk, ByteSize::gib(20));
         for package in ["python3", "nodejs", "npm", "git", "curl", "sudo", "ca-certificates", "fuse3", "ncurses-bin", "iproute2"] {
-            assert!(base.rootfs.packages.iter().any(|listed| listed == package), "{package} is missing");
+            assert!(rootfs.packages.iter().any(|listed| listed == package), "{package} is missing");
         }
-        assert!(base.rootfs.dpkg_options.iter().any(|option| option == "force-unsafe-io"));
+        assert!(rootfs.dpkg_options.iter().any(|option| option == "force-unsafe-io"));
     }
 
     #[test]
@@ -319,6 +387,29 @@ mod tests {
             assert_ne!(Recipe::from_files("base", files).unwrap().hash, base.hash, "{name} is not part of the hash");
         }
         assert_ne!(base_with(|text| text.replace("\"less\", ", "")).unwrap().hash, base.hash);
+    }
+
+    #[test]
+    fn every_built_in_template_can_be_read_and_a_layer_is_another_on_another_ground() {
+        for name in built_in_names() {
+            let recipe = Recipe::built_in(&name).unwrap();
+            let Ground::Layer(layer) = &recipe.ground else { continue };
+            let below = Recipe::built_in(&layer.from).unwrap();
+            assert_eq!(recipe.hash, hash_on(&below, &hash_of(&recipe.files)));
+            assert_ne!(hash_on(&Recipe { hash: String::new(), ..below }, &hash_of(&recipe.files)), recipe.hash);
+        }
+    }
+
+    #[test]
+    fn what_a_layer_installs_cannot_be_an_option() {
+        let layer = "name = 'on'\ndescription = ''\n[layer]\nfrom = 'base'\nPIP\n[defaults]\nuser = 'user'\nworkdir = '/'\n\
+                     [resources]\ncpu_count = 1\nmemory = '1 GiB'\ndisk = '1 GiB'\npids_max = 10\n";
+        let read =
+            |line: &str| Recipe::from_files("on", RecipeFiles::from([("recipe.toml".into(), layer.replace("PIP", line).into_bytes())]));
+        assert!(read("pip = ['numpy>=2,<3', 'a[b]==1.0']\npackages = ['g++']").is_ok());
+        for line in ["pip = ['--pre']", "pip = ['a b']", "packages = ['-y']", "packages = ['a;b']"] {
+            assert!(matches!(read(line), Err(RecipeError::Value { .. })), "{line}");
+        }
     }
 
     #[test]

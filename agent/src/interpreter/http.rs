@@ -123,7 +123,9 @@ async fn health(State(agent): State<Arc<Agent>>) -> Response {
 async fn execute(State(agent): State<Arc<Agent>>, body: Bytes) -> Result<Response, Refusal> {
     let request: ExecuteRequest = read(&body)?;
     let target = match (request.context_id, request.language) {
-        (Some(_), Some(_)) => return Err(Refusal(StatusCode::BAD_REQUEST, "Only one of context_id or language can be provided".to_owned())),
+        (Some(_), Some(_)) => {
+            return Err(Refusal(StatusCode::BAD_REQUEST, "Only one of context_id or language can be provided".to_owned()));
+        }
         (Some(id), None) => Target::Context(id),
         (None, language) => Target::Language(language.unwrap_or_default()),
     };

@@ -52,7 +52,9 @@ pub(super) enum Start {
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LanguageError {
-    #[error("language '{language}' is not in this template; create the sandbox from template '{template}' (stillbox template build {template})")]
+    #[error(
+        "language '{language}' is not in this template; create the sandbox from template '{template}' (stillbox template build {template})"
+    )]
     InAnotherTemplate { language: String, template: &'static str },
     #[error("language '{language}' is not known here; this template has {known}")]
     Unknown { language: String, known: String },
@@ -99,7 +101,7 @@ fn find_in(folder: &Path, name: &str) -> Result<Language, LanguageError> {
 }
 
 fn bash() -> Language {
-    let command = ["bash", "--noprofile", "--norc", "-i"].map(str::to_owned).to_vec();
+    let command = ["bash", "--noprofile", "--norc", "--noediting", "-i"].map(str::to_owned).to_vec();
     Language { wire: Wire::Bash, command, start: Start::OnDemand }
 }
 

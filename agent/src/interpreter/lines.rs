@@ -89,7 +89,18 @@ impl LinesKernel {
             Pipe { to: Printed::Stderr, fd: Some(receiver(pipes.stderr)?), cut: Vec::new() },
         ];
         let requests = pipe::Sender::from_owned_fd(stdin)?;
-        Ok(LinesKernel { wire, process, requests, events, received: BytesMut::new(), searched: 0, printed, count: 0, pending: VecDeque::new(), folder })
+        Ok(LinesKernel {
+            wire,
+            process,
+            requests,
+            events,
+            received: BytesMut::new(),
+            searched: 0,
+            printed,
+            count: 0,
+            pending: VecDeque::new(),
+            folder,
+        })
     }
 
     async fn until_ready(&mut self) -> Result<(), StartError> {
@@ -233,7 +244,8 @@ fn open_fifo(path: &Path) -> io::Result<pipe::Receiver> {
 
 fn is_bash_name(name: &str) -> bool {
     let mut bytes = name.bytes();
-    bytes.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_') && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    bytes.next().is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 impl Pipe {
@@ -289,7 +301,10 @@ enum LineEvent {
     /// The kernel is ready, or its cell has ended.
     Done,
     /// A bash's cell has ended.
-    Exit { cell: u64, code: Option<Failure> },
+    Exit {
+        cell: u64,
+        code: Option<Failure>,
+    },
 }
 
 /// None for a line that is not of this wire: a program of the cell has written to the FIFO.

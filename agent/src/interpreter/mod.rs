@@ -31,13 +31,13 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use self::context::Handle;
 pub(crate) use self::context::QueueFull;
 pub(crate) use self::http::enable;
 pub(crate) use self::languages::LanguageError;
+use self::languages::Start;
 #[expect(unused_imports, reason = "the other dialects' view of what a cell puts out")]
 pub(crate) use self::output::{Failure, Output, Printed, Role, Shown};
-use self::context::Handle;
-use self::languages::Start;
 use crate::state::Agent;
 
 /// E2B's: whatever the template's default is, cells begin here.

@@ -81,7 +81,8 @@ impl Shown {
     }
 
     fn into_json(self) -> Value {
-        let mut line = Map::from_iter([("type".to_owned(), "result".into()), ("is_main_result".to_owned(), (self.role == Role::Value).into())]);
+        let mut line =
+            Map::from_iter([("type".to_owned(), "result".into()), ("is_main_result".to_owned(), (self.role == Role::Value).into())]);
         if let Some(text) = self.plain_text() {
             line.insert("text".to_owned(), text.into());
         }
