@@ -27,7 +27,7 @@ use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::DiskNext;
 use super::uids::UidPool;
-use super::{DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, fill, precheck};
+use super::{DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use live::Live;
 use std::collections::HashMap;
@@ -121,6 +121,11 @@ impl Runtime for Kernel {
             Ok(live) => live.exited().await,
             Err(_) => Exit::unknown(),
         }
+    }
+
+    async fn written(&self, id: SandboxId) -> Result<WrittenFiles, RuntimeError> {
+        let shown = self.blocking(move |shared| shared.show_written(id)).await;
+        shown.map_err(step(id, "looking at what it wrote"))
     }
 
     async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError> {

@@ -113,6 +113,33 @@ pub struct Dumped {
     pub standstill: std::time::Duration,
 }
 
+/// What a sandbox wrote over its layers: the upper folder of its overlay, ids from 0, as overlayfs keeps it (whiteouts,
+/// `trusted.overlay.*`). Nobody writes to it any more. To be dropped before the sandbox is destroyed.
+#[derive(Debug)]
+pub struct WrittenFiles {
+    upper: PathBuf,
+    /// A mount that is attached nowhere; the path leads through this descriptor.
+    _mount: Option<std::os::fd::OwnedFd>,
+}
+
+impl WrittenFiles {
+    /// Files in a plain folder.
+    pub fn in_folder(upper: PathBuf) -> Self {
+        Self { upper, _mount: None }
+    }
+
+    /// Files below `inside` on a mount that nobody else sees.
+    pub fn on_mount(mount: std::os::fd::OwnedFd, inside: &str) -> Self {
+        use std::os::fd::AsRawFd;
+        Self { upper: PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd())).join(inside), _mount: Some(mount) }
+    }
+
+    /// The folder. Valid in this process.
+    pub fn upper(&self) -> &std::path::Path {
+        &self.upper
+    }
+}
+
 /// A reason why a process cannot be dumped.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Finding {
@@ -204,6 +231,9 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// Resolves when pid 1 of a started or adopted sandbox has ended. Cancel-safe.
     async fn exited(&self, id: SandboxId) -> Exit;
+
+    /// Ends all its processes and shows what they wrote. What else it holds stays until it is stopped or destroyed.
+    async fn written(&self, id: SandboxId) -> Result<WrittenFiles, RuntimeError>;
 
     /// Ends all its processes and gives back cgroup, slot, mounts and loop device. The disk stays, flushed.
     /// Succeeds when there is nothing left to stop.

@@ -4,6 +4,7 @@ use super::agent::{FakeAgent, Process};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, ProcessRef, SandboxId};
 use crate::runtime::{
     AfterDump, DUMPED_FILE, DiskSource, DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartFrom, StartRequest, Usage,
+    WrittenFiles,
 };
 use std::collections::BTreeMap;
 use std::io;
@@ -186,6 +187,11 @@ impl Fake {
         self.data_dir.join("sandboxes").join(id.as_str()).join("disk.img")
     }
 
+    /// What the sandbox wrote over its layers: a test puts files there.
+    pub fn upper(&self, id: SandboxId) -> PathBuf {
+        self.data_dir.join("sandboxes").join(id.as_str()).join("upper")
+    }
+
     async fn pass(&self, verb: Verb, id: Option<SandboxId>) -> Result<(), RuntimeError> {
         let gate = {
             let mut state = lock(&self.state);
@@ -283,6 +289,13 @@ impl Runtime for Fake {
         }
         let known = lock(&self.state).exits.get(&id).cloned();
         known.unwrap_or_else(|| Exit { detail: "unknown".into() })
+    }
+
+    async fn written(&self, id: SandboxId) -> Result<WrittenFiles, RuntimeError> {
+        lock(&self.state).end(id, "stopped");
+        let upper = self.upper(id);
+        std::fs::create_dir_all(&upper).map_err(from_io(id, "making the upper folder"))?;
+        Ok(WrittenFiles::in_folder(upper))
     }
 
     async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError> {

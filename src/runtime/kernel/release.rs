@@ -3,14 +3,15 @@
 use super::open::mount_point;
 use super::{BoxError, Kernel, Shared, step};
 use crate::model::SandboxId;
-use crate::runtime::RuntimeError;
-use crate::runtime::disk::sync_image;
+use crate::runtime::disk::{DiskKind, sync_image};
 use crate::runtime::helper;
 use crate::runtime::rootfs::{DiskNext, unmount_root};
+use crate::runtime::{RuntimeError, WrittenFiles};
 use crate::sys::loop_device;
+use crate::sys::mount::NewFilesystem;
 use std::collections::{BTreeSet, HashSet};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 impl Kernel {
     /// Ends a sandbox's processes and gives everything back. Succeeds when there is nothing.
@@ -76,6 +77,21 @@ impl Shared {
             DiskNext::Removed => remove_folder(folder.path())?,
         }
         Ok(())
+    }
+
+    /// Ends its processes; opens its disk a second time, since the mount that it has shows the ids of its user namespace.
+    pub(super) fn show_written(&self, id: SandboxId) -> Result<WrittenFiles, BoxError> {
+        self.cgroups.of(id).kill_all()?;
+        let folder = self.layout.sandbox(id);
+        match self.disks.kind() {
+            DiskKind::Folder => Ok(WrittenFiles::in_folder(folder.disk_folder().join("upper"))),
+            DiskKind::Image => {
+                let number = loop_device::holder_of(&folder.disk_image())?.ok_or("its disk is not mounted")?;
+                let disk = NewFilesystem::open(c"ext4")?;
+                disk.set(c"source", &PathBuf::from(format!("/dev/loop{number}")))?;
+                Ok(WrittenFiles::on_mount(disk.create()?, "upper"))
+            }
+        }
     }
 
     /// Every sandbox of this instance that has a folder, a cgroup, a mount or a loop device.
