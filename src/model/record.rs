@@ -106,6 +106,15 @@ pub enum BuildState {
     Error,
 }
 
+/// Why a build failed, in words for whoever asked for it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct BuildFailure {
+    /// What went wrong.
+    pub message: String,
+    /// `base`, the number of a step counted from 1, or `finalize`; `None` when no part of the build is to blame.
+    pub step: Option<String>,
+}
+
 /// Where a build comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -86,6 +86,11 @@ impl Store {
         self.after_writes(move |db| logs_of(db, &scope, &range)).await
     }
 
+    /// Lines of a build's log from the `offset`th on, oldest first, this level or louder.
+    pub async fn log_page(&self, scope: String, level: LogLevel, offset: u64, limit: u32) -> Result<Vec<LogEntry>, StoreError> {
+        self.after_writes(move |db| log_page_of(db, &scope, level, offset, limit)).await
+    }
+
     /// How far an agent's own log has been read; 0 when it never was.
     pub async fn log_cursor(&self, scope: String) -> Result<u64, StoreError> {
         self.after_writes(move |db| cursor_of(db, &scope)).await
@@ -219,6 +224,13 @@ fn logs_of(db: &Db<'_>, scope: &str, range: &LogRange) -> Result<Vec<LogEntry>, 
         },
         |row| Ok(log_from_row(row)),
     )?;
+    rows.map(|row| row?).collect()
+}
+
+fn log_page_of(db: &Db<'_>, scope: &str, level: LogLevel, offset: u64, limit: u32) -> Result<Vec<LogEntry>, StoreError> {
+    let sql = "SELECT at, level, message, fields_json FROM logs WHERE scope = ?1 AND level >= ?2 ORDER BY rowid LIMIT ?3 OFFSET ?4";
+    let mut statement = db.0.prepare_cached(sql)?;
+    let rows = statement.query_map(params![scope, from_level(level), limit, signed(offset)], |row| Ok(log_from_row(row)))?;
     rows.map(|row| row?).collect()
 }
 

@@ -10,6 +10,7 @@
 //! ```
 //! One closure is one transaction. Knows no business rule and no HTTP.
 
+pub mod builds;
 mod database;
 pub mod history;
 pub mod idempotency;

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 const STATES: [(BuildState, &str); 4] =
     [(BuildState::Waiting, "waiting"), (BuildState::Building, "building"), (BuildState::Ready, "ready"), (BuildState::Error, "error")];
 
-fn state_word(state: BuildState) -> &'static str {
+pub(super) fn state_word(state: BuildState) -> &'static str {
     match state {
         BuildState::Waiting => "waiting",
         BuildState::Building => "building",
@@ -250,12 +250,14 @@ pub fn set_dump(db: &Db<'_>, build: BuildId, dump: SnapshotId) -> Result<(), Sto
     Ok(())
 }
 
-/// Layers that any build names; the others may be removed.
+/// Layers that a build or a remembered build step names; the others may be removed.
 pub fn layers_in_use(db: &Db<'_>) -> Result<std::collections::BTreeSet<String>, StoreError> {
     let mut statement = db.0.prepare_cached("SELECT DISTINCT layers_json FROM builds")?;
     let rows = statement.query_map([], |row| Ok(json_in::<Vec<String>>(row, "layers_json")))?;
     let lists: Vec<Vec<String>> = rows.map(|row| row?).collect::<Result<_, StoreError>>()?;
-    Ok(lists.into_iter().flatten().collect())
+    let mut statement = db.0.prepare_cached("SELECT layer FROM step_cache WHERE layer IS NOT NULL")?;
+    let cached: Vec<String> = statement.query_map([], |row| row.get(0))?.collect::<Result<_, rusqlite::Error>>()?;
+    Ok(lists.into_iter().flatten().chain(cached).collect())
 }
 
 /// Which page of stored snapshots is asked for.
