@@ -8,15 +8,17 @@ use crate::model::{LogEntry, LogLevel, SandboxId};
 use crate::runtime::Runtime;
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use stillbox_agent::wire;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -26,6 +28,10 @@ const CALL_MAX: Duration = Duration::from_secs(5);
 const RETRY_EVERY: Duration = Duration::from_millis(1);
 /// Bytes of headers that are read of an answer (hyper's smallest buffer is 8 KiB).
 const HEADER_BYTES_MAX: usize = 16 * 1024;
+/// Where files are put.
+const FILES_PATH: &str = "/files";
+/// How much of a file is read at once.
+const CHUNK_BYTES: usize = 256 * 1024;
 /// Bytes of an answer to /init.
 const INIT_BYTES_MAX: usize = 4 * 1024;
 /// Bytes of one poll of the log.
@@ -52,6 +58,9 @@ pub(super) enum AgentError {
         /// To what.
         path: &'static str,
     },
+    /// A file that it was to be sent.
+    #[error("a file of the host's could not be read")]
+    HostFile(#[source] std::io::Error),
     /// It took too long.
     #[error("the agent did not answer within {0:?}")]
     Slow(Duration),
@@ -224,6 +233,39 @@ async fn exchange(
         Ok(Answer { status, body })
     };
     drive(connection, answer).await
+}
+
+/// Streams a file of the host's to `path` inside, owned by root. As slow as it is large: callers bound it.
+pub(super) async fn put_file(runtime: &Arc<dyn Runtime>, id: SandboxId, host_file: &Path, path: &str) -> Result<(), AgentError> {
+    let file = tokio::fs::File::open(host_file).await.map_err(AgentError::HostFile)?;
+    let length = file.metadata().await.map_err(AgentError::HostFile)?.len();
+    let (mut sender, connection) = connect(runtime, id).await?;
+    let query: String = form_urlencoded::Serializer::new(String::new()).append_pair("path", path).append_pair("username", "root").finish();
+    let request = Request::builder()
+        .method(Method::POST)
+        .uri(format!("{FILES_PATH}?{query}"))
+        .header(http::header::HOST, "localhost")
+        .header(http::header::CONNECTION, "close")
+        .header(http::header::CONTENT_TYPE, "application/octet-stream")
+        .header(http::header::CONTENT_LENGTH, length)
+        .body(StreamBody::new(Box::pin(frames_of(file))))
+        .map_err(|error| AgentError::Protocol(error.into()))?;
+    let answer = async {
+        let response = sender.send_request(request).await.map_err(protocol)?;
+        match response.status() {
+            StatusCode::OK => Ok(()),
+            status => Err(AgentError::Status { status, path: FILES_PATH }),
+        }
+    };
+    drive(connection, answer).await
+}
+
+fn frames_of(file: tokio::fs::File) -> impl futures_util::Stream<Item = std::io::Result<http_body::Frame<Bytes>>> + Send {
+    futures_util::stream::try_unfold(file, |mut file| async move {
+        let mut chunk = bytes::BytesMut::with_capacity(CHUNK_BYTES);
+        let read = file.read_buf(&mut chunk).await?;
+        Ok((read > 0).then(|| (http_body::Frame::data(chunk.freeze()), file)))
+    })
 }
 
 /// One connection to the agent's port, with bounded buffers.

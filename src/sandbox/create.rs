@@ -287,7 +287,8 @@ impl Driver {
             Secure::Open => None,
         };
         let core = Arc::clone(&self.core);
-        let commands = commands::run(&core, self.id, &build, token.as_deref());
+        let mut nobody = commands::Nobody;
+        let commands = commands::run(&core, self.id, &build, token.as_deref(), &mut nobody);
         match self.serve_until_killed(commands).await {
             Some(ran) => ran?,
             None => return Err(StartError::Killed),

@@ -5,7 +5,7 @@
 //! server leaves of it is swept.
 
 use super::agent;
-use super::commands;
+use super::commands::{self, CommandError, Nobody, Witness};
 use super::config::CreateBy;
 use super::core::Core;
 use super::dump_folder::DumpFolder;
@@ -21,15 +21,48 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Why a build has no dump of its ready state. Creates from it start cold.
+/// Why a build has no dump of its ready state.
 #[derive(Debug, thiserror::Error)]
-#[error("could not dump the ready state of build {build}")]
-pub struct ReadyStateError {
-    /// The build.
-    pub build: BuildId,
-    /// Why.
-    #[source]
-    source: Cause,
+pub enum ReadyStateError {
+    /// Its start or ready command failed; creates from it would fail the same way.
+    #[error("the commands of build {build} do not lead to its ready state")]
+    Commands {
+        /// The build.
+        build: BuildId,
+        /// Why.
+        #[source]
+        source: CommandError,
+    },
+    /// Everything else; creates from it start cold.
+    #[error("could not dump the ready state of build {build}")]
+    Dump {
+        /// The build.
+        build: BuildId,
+        /// Why.
+        #[source]
+        source: Cause,
+    },
+}
+
+/// What kept one attempt from its end.
+enum Failed {
+    Commands(CommandError),
+    Other(Cause),
+}
+
+impl From<Cause> for Failed {
+    fn from(cause: Cause) -> Self {
+        Self::Other(cause)
+    }
+}
+
+impl Failed {
+    fn of(self, build: BuildId) -> ReadyStateError {
+        match self {
+            Self::Commands(source) => ReadyStateError::Commands { build, source },
+            Self::Other(source) => ReadyStateError::Dump { build, source },
+        }
+    }
 }
 
 /// How long a build whose dump failed is left alone: what failed will mostly fail again, and costs a cold start.
@@ -73,7 +106,7 @@ pub(super) fn make_later(core: &Arc<Core>, build: BuildRecord) {
     }
     let task_core = Arc::clone(core);
     core.spawn(async move {
-        if let Err(error) = make(&task_core, build).await {
+        if let Err(error) = make(&task_core, build, &mut Nobody).await {
             tracing::warn!(error = chain(&error), "Creates from this build start cold");
         }
     });
@@ -81,7 +114,7 @@ pub(super) fn make_later(core: &Arc<Core>, build: BuildRecord) {
 
 /// Makes sure that creates from the build restore a dump that fits this machine.
 pub(super) async fn ensure(core: &Arc<Core>, id: BuildId) -> Result<(), ReadyStateError> {
-    let failed = |source: Cause| ReadyStateError { build: id, source };
+    let failed = |source: Cause| ReadyStateError::Dump { build: id, source };
     let rows = core.store.read(move |db| {
         let build = templates::build(db, id)?;
         let dump = build.as_ref().and_then(|build| build.dump).map(|dump| snapshots::by_id(db, dump)).transpose()?.flatten();
@@ -92,10 +125,36 @@ pub(super) async fn ensure(core: &Arc<Core>, id: BuildId) -> Result<(), ReadySta
     if fits || core.config.create_by == CreateBy::ColdStart || build.state != BuildState::Ready || build.source != BuildSource::Recipe {
         return Ok(());
     }
-    make(core, build).await
+    make(core, build, &mut Nobody).await
 }
 
-async fn make(core: &Arc<Core>, build: BuildRecord) -> Result<(), ReadyStateError> {
+/// For a build that is not ready yet: its commands, told to the witness, and the dump where creates are restores.
+pub(super) async fn first(core: &Arc<Core>, build: BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
+    match core.config.create_by {
+        CreateBy::Restore => make(core, build, witness).await,
+        CreateBy::ColdStart => try_commands(core, &build, witness).await,
+    }
+}
+
+/// Whether the build's commands lead to its ready state, without keeping it.
+async fn try_commands(core: &Arc<Core>, build: &BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
+    if !commands::has_any(build) {
+        return Ok(());
+    }
+    let _until_removed = core.create_under_way().await;
+    let id = SandboxId::random();
+    let reached = reach(core, id, build, witness).await;
+    remove(core, id).await;
+    reached.map(drop).map_err(|failed| failed.of(build.id))
+}
+
+async fn remove(core: &Core, id: SandboxId) {
+    if let Err(error) = core.runtime.destroy(id).await {
+        tracing::error!(sandbox.id = %id, error = chain(&error), "Could not remove the sandbox of a ready state");
+    }
+}
+
+async fn make(core: &Arc<Core>, build: BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
     // Its sandbox is nobody's: a close that did not wait for the end would leave it running.
     let _until_removed = core.create_under_way().await;
     if core.is_closing() || !core.ready_states.begin(build.id) {
@@ -103,25 +162,29 @@ async fn make(core: &Arc<Core>, build: BuildRecord) -> Result<(), ReadyStateErro
     }
     let begun = Instant::now();
     let id = SandboxId::random();
-    let made = dump_of(core, id, &build).await;
-    if let Err(error) = core.runtime.destroy(id).await {
-        tracing::error!(sandbox.id = %id, error = chain(&error), "Could not remove the sandbox of a ready state");
-    }
+    let made = dump_of(core, id, &build, witness).await;
+    remove(core, id).await;
     core.ready_states.end(build.id, &made);
-    let snapshot = made.map_err(|source| ReadyStateError { build: build.id, source })?;
+    let snapshot = made.map_err(|failed| failed.of(build.id))?;
     let took_ms = begun.elapsed().as_millis();
     tracing::info!(build = %build.id, %snapshot, took_ms, "Creates from build {} restore a dump from now on", build.id);
     Ok(())
 }
 
-async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord) -> Result<SnapshotId, Cause> {
-    let (snapshot, first_secret) = (SnapshotId::random(), random_secret());
+/// Starts a sandbox and leads it to the ready state; the secret that its agent wants next.
+async fn reach(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &mut dyn Witness) -> Result<String, Failed> {
+    let first_secret = random_secret();
     core.runtime.start(start_request(id, build, first_secret.clone())).await.map_err(cause)?;
     agent::wait_until_up(&core.runtime, id, core.config.agent_ready_max).await.map_err(cause)?;
-    let secret = match commands::has_any(build) {
-        true => run_commands(core, id, build, first_secret).await?,
-        false => first_secret,
-    };
+    match commands::has_any(build) {
+        true => run_commands(core, id, build, first_secret, witness).await,
+        false => Ok(first_secret),
+    }
+}
+
+async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &mut dyn Witness) -> Result<SnapshotId, Failed> {
+    let snapshot = SnapshotId::random();
+    let secret = reach(core, id, build, witness).await?;
     let folder = DumpFolder::of(core, snapshot);
     folder.make().await.map_err(cause)?;
     let request = DumpRequest { id, after: AfterDump::KeepRunning, images: folder.images(), disk_copy: Some(folder.disk()) };
@@ -129,7 +192,7 @@ async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord) -> Result
         Ok(dumped) => dumped,
         Err(error) => {
             folder.remove().await;
-            return Err(cause(error));
+            return Err(cause(error).into());
         }
     };
     folder.put_in_place().await;
@@ -154,10 +217,16 @@ fn start_request(id: SandboxId, build: &BuildRecord, control_secret: String) -> 
 }
 
 /// The agent is told as much as the commands need; each create tells it the rest.
-async fn run_commands(core: &Core, id: SandboxId, build: &BuildRecord, secret: String) -> Result<String, Cause> {
+async fn run_commands(
+    core: &Core,
+    id: SandboxId,
+    build: &BuildRecord,
+    secret: String,
+    witness: &mut dyn Witness,
+) -> Result<String, Failed> {
     let init = generic_introduction(core, id, build);
     agent::init(&core.runtime, id, [&secret, &init.control_secret], &init, core.config.agent_ready_max).await.map_err(cause)?;
-    commands::run(core, id, build, None).await.map_err(cause)?;
+    commands::run(core, id, build, None, witness).await.map_err(Failed::Commands)?;
     Ok(init.control_secret)
 }
 

@@ -1,6 +1,7 @@
 //! The face of the core: every verb, what it needs, what it answers.
 
 use super::adjust::{Adjust, AdjustError};
+use super::commands::Witness;
 use super::config::SandboxConfig;
 use super::core::{Core, Seams};
 use super::create::{self, CreateError};
@@ -21,10 +22,11 @@ use super::route::{self, Route, RouteError};
 use super::snapshot::{self, SnapshotInfo, SnapshotPage, SnapshotQuery};
 use super::timeout::{NewEnd, TimeoutError};
 use super::tokens::{InstallKey, TokenKind};
+use super::workshop::{Workshop, WorkshopError, WorkshopRequest};
 use super::{housekeeping, timers};
 use crate::model::{
-    BuildId, ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxSpec,
-    SandboxState,
+    BuildId, BuildRecord, ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord,
+    SandboxSpec, SandboxState,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
@@ -94,6 +96,17 @@ impl Registry {
     /// Makes sure that creates from this build restore a dump of its ready state, so that the first one does already.
     pub async fn make_ready(&self, build: BuildId) -> Result<(), ReadyStateError> {
         ready_state::ensure(&self.core, build).await
+    }
+
+    /// The commands of a build that is not ready yet, told to the witness, and the dump of the state they lead to. On
+    /// [`ReadyStateError::Dump`] creates from it would work, by cold starts.
+    pub async fn reach_ready_state(&self, build: BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
+        ready_state::first(&self.core, build, witness).await
+    }
+
+    /// A sandbox for build steps.
+    pub async fn open_workshop(&self, request: WorkshopRequest) -> Result<Workshop, WorkshopError> {
+        Workshop::open(&self.core, request).await
     }
 
     /// A live sandbox as it is now.

@@ -61,11 +61,28 @@ impl InstallKey {
         hex::encode(mac.finalize().into_bytes())
     }
 
+    /// A signature of this text, for links that carry no key: 64 hex characters.
+    pub fn sign(&self, purpose: &str, text: &str) -> String {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes keys of any length");
+        mac.update(purpose.as_bytes());
+        mac.update(&[0]);
+        mac.update(text.as_bytes());
+        hex::encode(mac.finalize().into_bytes())
+    }
+
+    /// Whether `given` is that signature, in time that does not depend on where they differ.
+    pub fn is_signed(&self, purpose: &str, text: &str, given: &str) -> bool {
+        is_same(&self.sign(purpose, text), given)
+    }
+
     /// Whether `given` is the token, in time that does not depend on where they differ.
     pub fn accepts(&self, kind: TokenKind, id: SandboxId, given: &str) -> bool {
-        let wanted = self.token(kind, id);
-        wanted.len() == given.len() && wanted.bytes().zip(given.bytes()).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0
+        is_same(&self.token(kind, id), given)
     }
+}
+
+fn is_same(wanted: &str, given: &str) -> bool {
+    wanted.len() == given.len() && wanted.bytes().zip(given.bytes()).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0
 }
 
 #[cfg(test)]
