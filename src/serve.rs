@@ -10,6 +10,7 @@ use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
 use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
+use crate::template::build::{Builds, BuildsMeans};
 use crate::template::{self, Resolved, Templates};
 use std::fs;
 use std::io::{self, Write};
@@ -101,10 +102,22 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     config.sandbox.nameservers = kernel.nameservers();
     let runtime: Arc<dyn Runtime> = Arc::new(kernel);
     let token_key = InstallKey::from_bytes(install.key);
-    let registry = Registry::open_with(config.sandbox.clone(), token_key, store, Arc::clone(&runtime), seams(&config)).await?;
+    let registry =
+        Registry::open_with(config.sandbox.clone(), token_key.clone(), store.clone(), Arc::clone(&runtime), seams(&config)).await?;
+    let builds = Builds::open(BuildsMeans {
+        config: config.build,
+        templates_config: config.template.clone(),
+        templates: templates.clone(),
+        store,
+        registry: registry.clone(),
+        key: token_key,
+        resources: config.resources,
+    })
+    .await?;
     tokio::spawn(make_ready(registry.clone(), built_ins));
     let (stop, stopped) = watch::channel(false);
-    let servers = spawn_listeners(&config, bound, tls, &registry, &templates, key, &stopped)?;
+    let state = ApiState::new(registry.clone(), templates, builds.clone(), api_config(&config, key));
+    let servers = spawn_listeners(&config, bound, tls, &registry, state, &stopped)?;
     info!(
         took_ms = started.elapsed().as_millis(),
         "Serving instance {} of {} on http://{} and https://*.{}",
@@ -119,6 +132,7 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     for server in servers {
         server.await.map_err(|panicked| ServeError::Setup(io::Error::other(panicked)))?;
     }
+    builds.close().await;
     registry.close().await;
     runtime.close().await;
     info!("Stopped");
@@ -163,18 +177,19 @@ fn certificates(config: &Config, instance: &str) -> Result<Arc<rustls::ServerCon
     Ok(tls::server_config(authority, &config.domain)?)
 }
 
+fn api_config(config: &Config, key: ApiKey) -> ApiConfig {
+    ApiConfig { keys: vec![key.0], domain: config.domain.clone(), timeout_max: config.sandbox.timeout_max, ..config.api.clone() }
+}
+
 fn spawn_listeners(
     config: &Config,
     bound: Bound,
     tls: Arc<rustls::ServerConfig>,
     registry: &Registry,
-    templates: &Templates,
-    key: ApiKey,
+    state: ApiState,
     stopped: &watch::Receiver<bool>,
 ) -> Result<Vec<tokio::task::JoinHandle<()>>, ServeError> {
-    let api_config =
-        ApiConfig { keys: vec![key.0], domain: config.domain.clone(), timeout_max: config.sandbox.timeout_max, ..config.api.clone() };
-    let control = api::router(ApiState::new(registry.clone(), templates.clone(), api_config));
+    let control = api::router(state);
     let proxy = Proxy::new(ProxyConfig { domain: config.domain.clone(), ..config.proxy.clone() }, Arc::new(registry.clone()));
     let plain = bound.plain.into_iter().map(|listener| (listener, None));
     let encrypted = bound.tls.into_iter().map(|listener| (listener, Some(Arc::clone(&tls))));

@@ -17,6 +17,7 @@ pub use novita::NovitaConfig;
 use crate::model::ByteSize;
 use crate::sandbox::Registry;
 use crate::template::Templates;
+use crate::template::build::Builds;
 use auth::Keys;
 use axum::Router;
 use axum::extract::Request;
@@ -67,15 +68,16 @@ impl ApiConfig {
 pub struct ApiState {
     registry: Registry,
     templates: Templates,
+    builds: Builds,
     config: Arc<ApiConfig>,
     keys: Arc<Keys>,
 }
 
 impl ApiState {
     /// The state of one server.
-    pub fn new(registry: Registry, templates: Templates, config: ApiConfig) -> Self {
+    pub fn new(registry: Registry, templates: Templates, builds: Builds, config: ApiConfig) -> Self {
         let keys = Arc::new(Keys::of(&config.keys));
-        Self { registry, templates, config: Arc::new(config), keys }
+        Self { registry, templates, builds, config: Arc::new(config), keys }
     }
 }
 

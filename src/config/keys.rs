@@ -67,6 +67,11 @@ keys! {
     "template.debian_mirror" => |c, v| c.template.debian_mirror = Some(mirror(v)?);
     "template.debian_security_mirror" => |c, v| c.template.debian_security_mirror = Some(mirror(v)?);
     "template.cache_dir" => |c, v| c.template.cache_dir = Some(absolute(v)?);
+    "build.at_once" => |c, v| c.build.at_once = v.whole(1, 1024)?;
+    "build.waiting_max" => |c, v| c.build.waiting_max = v.whole(0, 100_000)?;
+    "build.step_time_max" => |c, v| c.build.step_time_max = v.duration()?;
+    "build.upload_bytes_max" => |c, v| c.build.upload_bytes_max = v.size()?;
+    "build.cache_kept" => |c, v| c.build.cache_kept = v.duration()?;
     "template.import_bytes_max" => |c, v| c.template.limits.bytes_max = v.size()?;
     "template.import_entries_max" => |c, v| c.template.limits.entries_max = v.whole(1, u64::from(u32::MAX))?;
 }

@@ -14,6 +14,7 @@ use crate::model::Resources;
 use crate::proxy::ProxyConfig;
 use crate::runtime::config::RuntimeConfig;
 use crate::sandbox::{CreateBy, Failpoints, SandboxConfig, SnapshotSync};
+use crate::template::build::BuildConfig;
 use crate::template::{TemplateConfig, UnpackLimits};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -51,6 +52,8 @@ pub struct Config {
     pub runtime: RuntimeConfig,
     /// Where templates come from.
     pub template: TemplateConfig,
+    /// Bounds of builds.
+    pub build: BuildConfig,
 }
 
 /// How log lines look.
@@ -112,6 +115,7 @@ impl Default for Config {
                 cache_dir: None,
                 limits: UnpackLimits::default(),
             },
+            build: BuildConfig::default(),
         }
     }
 }

@@ -4,17 +4,13 @@
 //! by bootstrap.rs and archive.rs before a row names them.
 
 use super::bootstrap::{self, BootstrapError};
-use super::{Manifest, Recipe, TemplateConfig, archive, recipe};
+use super::name::{DEFAULT_TAG, Name};
+use super::{Manifest, Recipe, TemplateConfig, archive, now, recipe};
 use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, TemplateId, TemplateRecord};
 use crate::store::{Db, Store, StoreError, sandboxes, templates};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use time::OffsetDateTime;
-
-/// The tag that is meant when none is named.
-const DEFAULT_TAG: &str = "default";
-/// E2B's bound on a template's name.
-const NAME_LENGTH_MAX: usize = 128;
 
 /// Why a template's name leads nowhere.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +25,22 @@ pub enum ResolveError {
         template: String,
         /// As asked.
         tag: String,
+    },
+    /// The template has no build with this id.
+    #[error("Build '{build}' not found")]
+    UnknownBuild {
+        /// The template.
+        template: String,
+        /// As asked.
+        build: BuildId,
+    },
+    /// Not of the form of a tag.
+    #[error("tag '{tag}' is malformed: {reason}")]
+    BadTag {
+        /// As asked, shortened.
+        tag: String,
+        /// The rule it breaks.
+        reason: &'static str,
     },
     /// Not of the form `name`, `name:tag`, `team/name[:tag]`.
     #[error("template name '{name}' is malformed: {reason}")]
@@ -99,6 +111,15 @@ pub enum BuiltInError {
     Interrupted(#[source] tokio::task::JoinError),
 }
 
+/// Who may use a template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Visibility {
+    /// Everybody.
+    Public,
+    /// Its team; there is one here.
+    Private,
+}
+
 /// A template with the build that a name led to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {
@@ -164,6 +185,22 @@ impl Templates {
         self.store.read(move |db| Ok(find(db, &asked))).await?
     }
 
+    /// The template that a name or an id leads to, whether it has a build or not.
+    pub async fn find(&self, name: &str) -> Result<TemplateRecord, ResolveError> {
+        let asked = Name::parse(name)?;
+        self.store.read(move |db| Ok(find_template(db, &asked))).await?
+    }
+
+    /// Says whether others may use it; the template as it is then.
+    pub async fn set_public(&self, name: &str, public: Visibility) -> Result<TemplateRecord, ResolveError> {
+        let asked = Name::parse(name)?;
+        self.store.write(move |db| Ok(set_public(db, &asked, public))).await?
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// All templates, newest first.
     pub async fn list(&self) -> Result<Vec<TemplateRecord>, ResolveError> {
         Ok(self.store.read(templates::built).await?)
@@ -202,12 +239,6 @@ fn make(recipe: &Recipe, config: &TemplateConfig, progress: fn(&str)) -> Result<
     bootstrap::save(&manifest, &config.data_dir)?;
     drop(held);
     Ok(manifest)
-}
-
-/// In whole microseconds, as the store keeps it: a row reads back as it was written.
-fn now() -> OffsetDateTime {
-    let now = OffsetDateTime::now_utc();
-    now.replace_microsecond(now.microsecond()).unwrap_or(now)
 }
 
 /// Rows for what is on disk: a build per origin, the template's name, its default tag. Doing it again changes nothing.
@@ -282,43 +313,17 @@ fn new_build(db: &Db<'_>, template: TemplateId, manifest: &Manifest, now: Offset
     Ok(build)
 }
 
-/// A name as asked for, in its parts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Name {
-    /// As asked, for messages.
-    asked: String,
-    /// Alias or id, in lower case.
-    template: String,
-    tag: String,
-}
-
-impl Name {
-    fn parse(asked: &str) -> Result<Self, ResolveError> {
-        let malformed = |reason| ResolveError::Malformed { name: asked.chars().take(NAME_LENGTH_MAX).collect(), reason };
-        let (path, tag) = asked.split_once(':').unwrap_or((asked, DEFAULT_TAG));
-        let name = path.rsplit_once('/').map_or(path, |(_team, name)| name);
-        if path.matches('/').count() > 1 {
-            return Err(malformed("it has more than one '/'"));
-        }
-        if name.is_empty() || name.len() > NAME_LENGTH_MAX {
-            return Err(malformed("a name has 1 to 128 characters"));
-        }
-        if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
-            return Err(malformed("a name has letters, digits, '-' and '_'"));
-        }
-        if tag.is_empty() || tag.len() > NAME_LENGTH_MAX || !tag.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-        {
-            return Err(malformed("a tag has 1 to 128 letters, digits, '-', '_' and '.'"));
-        }
-        Ok(Self { asked: asked.to_owned(), template: name.to_ascii_lowercase(), tag: tag.to_ascii_lowercase() })
-    }
-}
-
-fn find_template(db: &Db<'_>, name: &Name) -> Result<TemplateRecord, ResolveError> {
+pub(super) fn find_template(db: &Db<'_>, name: &Name) -> Result<TemplateRecord, ResolveError> {
     let by_alias = templates::id_of_alias(db, &name.template)?;
     let id = by_alias.or_else(|| name.template.parse().ok());
     let template = id.map(|id| templates::by_id(db, id)).transpose()?.flatten();
     template.ok_or_else(|| ResolveError::UnknownTemplate(name.asked.clone()))
+}
+
+fn set_public(db: &Db<'_>, name: &Name, public: Visibility) -> Result<TemplateRecord, ResolveError> {
+    let template = find_template(db, name)?;
+    templates::set_public(db, template.id, public == Visibility::Public, now())?;
+    find_template(db, name)
 }
 
 fn remove(db: &Db<'_>, name: &Name) -> Result<(), RemoveError> {
@@ -330,7 +335,7 @@ fn remove(db: &Db<'_>, name: &Name) -> Result<(), RemoveError> {
     Ok(())
 }
 
-fn find(db: &Db<'_>, name: &Name) -> Result<Resolved, ResolveError> {
+pub(super) fn find(db: &Db<'_>, name: &Name) -> Result<Resolved, ResolveError> {
     let template = find_template(db, name)?;
     let unknown_tag = || ResolveError::UnknownTag { template: name.template.clone(), tag: name.tag.clone() };
     // A tag may also be a build's id: E2B's clients name a build that way.

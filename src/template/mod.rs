@@ -5,21 +5,25 @@
 
 pub mod archive;
 pub mod bootstrap;
+pub mod build;
 mod catalog;
 pub mod image;
 pub mod layer;
 mod layered;
 pub mod lease;
 mod mirror;
+mod name;
 pub mod recipe;
+mod tags;
 pub mod unpack;
 mod whiteout;
 
 pub use archive::Manifest;
-pub use catalog::{BuiltInError, RemoveError, ResolveError, Resolved, Templates};
+pub use catalog::{BuiltInError, RemoveError, ResolveError, Resolved, Templates, Visibility};
 pub use lease::Lease;
 pub use mirror::MirrorError;
 pub use recipe::Recipe;
+pub use tags::{TagError, Tagged};
 pub use unpack::UnpackLimits;
 
 use std::path::PathBuf;
@@ -39,4 +43,10 @@ pub struct TemplateConfig {
     pub cache_dir: Option<PathBuf>,
     /// What an archive or image may unpack to.
     pub limits: UnpackLimits,
+}
+
+/// In whole microseconds, as the store keeps it: a row reads back as it was written.
+fn now() -> time::OffsetDateTime {
+    let now = time::OffsetDateTime::now_utc();
+    now.replace_microsecond(now.microsecond()).unwrap_or(now)
 }

@@ -14,6 +14,7 @@ use stillbox::model::{BuildId, BuildRecord, BuildSource, BuildState, ByteSize, R
 use stillbox::runtime::fake::{Fake, Verb};
 use stillbox::sandbox::{InstallKey, Registry, SandboxConfig, SnapshotSync};
 use stillbox::store::{Store, templates};
+use stillbox::template::build::{BuildConfig, Builds, BuildsMeans};
 use stillbox::template::{TemplateConfig, Templates, UnpackLimits};
 use tempfile::TempDir;
 use time::OffsetDateTime;
@@ -49,17 +50,29 @@ impl World {
         let store = Store::open(folder.path()).unwrap();
         add_base(&store).await;
         let runtime = Fake::new(folder.path());
+        let key = InstallKey::random();
         let registry = Registry::open(
             SandboxConfig { running_max, ..core_config(folder.path()) },
-            InstallKey::random(),
+            key.clone(),
             store.clone(),
             Arc::new(runtime.clone()),
         )
         .await
         .unwrap();
-        let templates = Templates::open(template_config(folder.path()), store);
+        let templates = Templates::open(template_config(folder.path()), store.clone());
+        let builds = Builds::open(BuildsMeans {
+            config: BuildConfig::default(),
+            templates_config: template_config(folder.path()),
+            templates: templates.clone(),
+            store,
+            registry: registry.clone(),
+            key,
+            resources: Resources { cpu_count: 2, memory: ByteSize::mib(512), disk: ByteSize::gib(20), pids_max: 1024 },
+        })
+        .await
+        .unwrap();
         let config = ApiConfig::new(vec![KEY.to_owned()], "stillbox.localhost:3443");
-        let router = router(ApiState::new(registry.clone(), templates, config));
+        let router = router(ApiState::new(registry.clone(), templates, builds, config));
         Self { router, registry, runtime, headers: vec![("x-api-key", KEY.to_owned())], _folder: folder }
     }
 

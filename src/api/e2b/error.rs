@@ -7,7 +7,8 @@ use crate::model::SandboxState;
 use crate::sandbox::{
     ConnectError, CreateError, ForkError, MetricsError, NetworkError, PauseError, StoreFailure, TimeoutError, UnknownSandbox,
 };
-use crate::template::{RemoveError, ResolveError};
+use crate::template::build::{RegisterError, StartBuildError, UploadError};
+use crate::template::{RemoveError, ResolveError, TagError};
 use http::StatusCode;
 
 impl From<UnknownSandbox> for ApiError {
@@ -110,8 +111,53 @@ impl From<ResolveError> for ApiError {
     fn from(error: ResolveError) -> Self {
         match error {
             ResolveError::UnknownTemplate(_) | ResolveError::UnknownTag { .. } => Self::not_found(error.to_string()),
-            ResolveError::Malformed { .. } => Self::bad_request(error.to_string()),
+            // 400 is what E2B answers to a build that is not there.
+            ResolveError::UnknownBuild { .. } | ResolveError::Malformed { .. } | ResolveError::BadTag { .. } => {
+                Self::bad_request(error.to_string())
+            }
             ResolveError::Store(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<TagError> for ApiError {
+    fn from(error: TagError) -> Self {
+        match error {
+            TagError::Resolve(error) => error.into(),
+            TagError::NoTag | TagError::Default | TagError::TaggedName(_) => Self::bad_request(error.to_string()),
+        }
+    }
+}
+
+impl From<RegisterError> for ApiError {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::Resolve(error) => error.into(),
+            RegisterError::Snapshot(_) => Self::conflict(error.to_string()),
+            RegisterError::Size { .. } => Self::bad_request(error.to_string()),
+        }
+    }
+}
+
+impl From<StartBuildError> for ApiError {
+    fn from(error: StartBuildError) -> Self {
+        match error {
+            StartBuildError::Resolve(error) => error.into(),
+            StartBuildError::Started(_) => Self::conflict(error.to_string()),
+            StartBuildError::TooMany { .. } => too_many(error),
+        }
+    }
+}
+
+impl From<UploadError> for ApiError {
+    fn from(error: UploadError) -> Self {
+        match error {
+            UploadError::Hash(_) => Self::bad_request(error.to_string()),
+            UploadError::TooLarge { .. } => Self::new(StatusCode::PAYLOAD_TOO_LARGE, error.to_string()),
+            UploadError::Io(ref cause) if cause.kind() == std::io::ErrorKind::StorageFull => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, error.to_string())
+            }
+            UploadError::Io(_) => Self::internal(error),
         }
     }
 }

@@ -106,7 +106,13 @@ async fn template(state: &ApiState, query: &Query) -> Result<Filter, ApiError> {
     }
     match state.templates.resolve(name).await {
         Ok(resolved) => Ok(Filter::Only(resolved.template.id)),
-        Err(ResolveError::UnknownTemplate(_) | ResolveError::UnknownTag { .. } | ResolveError::Malformed { .. }) => Ok(Filter::Nothing),
+        Err(
+            ResolveError::UnknownTemplate(_)
+            | ResolveError::UnknownTag { .. }
+            | ResolveError::UnknownBuild { .. }
+            | ResolveError::Malformed { .. }
+            | ResolveError::BadTag { .. },
+        ) => Ok(Filter::Nothing),
         Err(failed @ ResolveError::Store(_)) => Err(failed.into()),
     }
 }

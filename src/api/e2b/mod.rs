@@ -4,6 +4,7 @@
 //! resource. Path parameters are percent-decoded after routing, as one segment.
 
 pub(in crate::api) mod ask;
+mod builds;
 mod cursor;
 pub(in crate::api) mod error;
 mod lifecycle;
@@ -26,8 +27,9 @@ use axum::routing::{get, post, put};
 
 /// Every call of the dialect, those that are not served included.
 pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
-    let with_key = sandboxes().merge(snapshots_and_templates()).merge(unserved::routes());
-    with_key.route_layer(from_fn_with_state(state.clone(), require_key)).route("/health", get(health))
+    let with_key = sandboxes().merge(snapshots_and_templates()).merge(template_builds()).merge(unserved::routes());
+    let open = Router::new().route("/health", get(health)).route("/templates/{id}/files/{hash}", put(builds::upload));
+    with_key.route_layer(from_fn_with_state(state.clone(), require_key)).merge(open)
 }
 
 fn sandboxes() -> Router<ApiState> {
@@ -54,11 +56,22 @@ fn snapshots_and_templates() -> Router<ApiState> {
     Router::new()
         .route("/snapshots", get(snapshots::page))
         .route("/templates", get(templates::all).post(unserved::build))
-        .route("/v2/templates", get(templates::page).post(unserved::build))
+        .route("/v2/templates", get(templates::page).post(builds::request))
         .route("/templates/aliases/{alias}", get(templates::alias))
-        .route("/templates/{id}", get(templates::details).post(unserved::build).delete(templates::remove).patch(unserved::build))
+        .route("/templates/{id}", get(templates::details).post(unserved::build).delete(templates::remove).patch(templates::update))
+        .route("/v2/templates/{id}", post(builds::request_again).patch(templates::update_v2))
         .route("/templates/{id}/tags", get(templates::tags))
+        .route("/templates/tags", post(templates::assign_tags).delete(templates::remove_tags))
         .route("/teams", get(teams::all))
+}
+
+fn template_builds() -> Router<ApiState> {
+    Router::new()
+        .route("/v3/templates", post(builds::request))
+        .route("/v2/templates/{id}/builds/{build}", post(builds::start))
+        .route("/templates/{id}/builds/{build}/status", get(builds::status))
+        .route("/templates/{id}/builds/{build}/logs", get(builds::logs))
+        .route("/templates/{id}/files/{hash}", get(builds::file_link))
 }
 
 /// Whether the server answers at all; needs no key.

@@ -125,7 +125,7 @@ fn log_query(query: &Query) -> Result<LogQuery, ApiError> {
     })
 }
 
-fn level(word: &str) -> Result<LogLevel, ApiError> {
+pub(super) fn level(word: &str) -> Result<LogLevel, ApiError> {
     match word {
         "debug" => Ok(LogLevel::Debug),
         "info" => Ok(LogLevel::Info),

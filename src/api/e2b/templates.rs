@@ -1,12 +1,15 @@
-//! Templates: reading and removing them.
+//! Templates: reading, tagging and removing them. Building them is builds.rs.
 
 use super::super::ApiState;
+use super::super::body::{Json as Body, OptionalJson};
 use super::super::error::ApiError;
 use super::ask::{Query, Segment};
 use super::cursor::{self, NEXT_TOKEN};
+use super::wire::builds as build_wire;
 use super::{teams, wire};
 use crate::model::{BuildRecord, TemplateId, TemplateRecord};
 use crate::sandbox::ListOrder;
+use crate::template::Visibility;
 use axum::Json;
 use axum::extract::State;
 use http::{HeaderMap, StatusCode};
@@ -57,28 +60,69 @@ pub(super) async fn details(State(state): State<ApiState>, Segment(name): Segmen
 
 /// `DELETE /templates/{id}`, of templates and snapshots, by id or name.
 pub(super) async fn remove(State(state): State<ApiState>, Segment(name): Segment) -> Result<StatusCode, ApiError> {
+    let (template, builds) = find(&state, &name).await?;
     state.templates.remove(&name).await?;
+    state.builds.forget(template.id, &builds).await;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// `PATCH /templates/{id}`.
+pub(super) async fn update(
+    State(state): State<ApiState>,
+    Segment(name): Segment,
+    OptionalJson(asked): OptionalJson<build_wire::UpdateTemplate>,
+) -> Result<Json<serde_json::Value>, ApiError> {
+    change(&state, &name, asked).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+/// `PATCH /v2/templates/{id}`.
+pub(super) async fn update_v2(
+    State(state): State<ApiState>,
+    Segment(name): Segment,
+    OptionalJson(asked): OptionalJson<build_wire::UpdateTemplate>,
+) -> Result<Json<build_wire::UpdatedTemplate>, ApiError> {
+    let template = change(&state, &name, asked).await?;
+    Ok(Json(build_wire::UpdatedTemplate { names: full_names(&template) }))
+}
+
+async fn change(state: &ApiState, name: &str, asked: build_wire::UpdateTemplate) -> Result<TemplateRecord, ApiError> {
+    let Some(public) = asked.public else { return Ok(state.templates.find(name).await?) };
+    let visibility = if public { Visibility::Public } else { Visibility::Private };
+    Ok(state.templates.set_public(name, visibility).await?)
+}
+
+fn full_names(template: &TemplateRecord) -> Vec<String> {
+    template.aliases.iter().map(|alias| format!("{}/{alias}", teams::SLUG)).collect()
 }
 
 /// `GET /templates/{id}/tags`.
 pub(super) async fn tags(State(state): State<ApiState>, Segment(name): Segment) -> Result<Json<Vec<wire::Tag>>, ApiError> {
-    let (template, builds) = find(&state, &name).await?;
-    let created_at = |build| {
-        builds.iter().find(|known| known.id == build).map_or(template.updated_at, |known| known.finished_at.unwrap_or(known.created_at))
-    };
-    let tag = |(tag, build): (&String, &crate::model::BuildId)| wire::Tag {
-        tag: tag.clone(),
-        build_id: build.to_string(),
-        created_at: wire::Time(created_at(*build)),
-    };
-    Ok(Json(template.tags.iter().map(tag).collect()))
+    let template = state.templates.find(&name).await?;
+    let tags = state.templates.tags(template.id).await?;
+    let shown = tags.into_iter().map(|(tag, build, at)| wire::Tag { tag, build_id: build.to_string(), created_at: wire::Time(at) });
+    Ok(Json(shown.collect()))
+}
+
+/// `POST /templates/tags`.
+pub(super) async fn assign_tags(
+    State(state): State<ApiState>,
+    Body(asked): Body<build_wire::AssignTags>,
+) -> Result<(StatusCode, Json<build_wire::AssignedTags>), ApiError> {
+    let (build, tags) = state.templates.assign_tags(&asked.target, &asked.tags).await?;
+    Ok((StatusCode::CREATED, Json(build_wire::AssignedTags { tags, build_id: build.to_string() })))
+}
+
+/// `DELETE /templates/tags`.
+pub(super) async fn remove_tags(State(state): State<ApiState>, Body(asked): Body<build_wire::RemoveTags>) -> Result<StatusCode, ApiError> {
+    state.templates.remove_tags(&asked.name, &asked.tags).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// `GET /templates/aliases/{alias}`.
 pub(super) async fn alias(State(state): State<ApiState>, Segment(name): Segment) -> Result<Json<wire::AliasOwner>, ApiError> {
-    let resolved = state.templates.resolve(&name).await?;
-    Ok(Json(wire::AliasOwner { template_id: resolved.template.id.to_string(), public: resolved.template.public }))
+    let template = state.templates.find(&name).await?;
+    Ok(Json(wire::AliasOwner { template_id: template.id.to_string(), public: template.public }))
 }
 
 /// All templates as they are shown, the newest first.
@@ -88,10 +132,7 @@ pub(in crate::api) async fn newest_first(state: &ApiState) -> Result<Vec<wire::T
 }
 
 async fn find(state: &ApiState, name: &str) -> Result<(TemplateRecord, Vec<BuildRecord>), ApiError> {
-    let id = match name.parse() {
-        Ok(id) => id,
-        Err(_not_an_id) => state.templates.resolve(name).await?.template.id,
-    };
+    let id = state.templates.find(name).await?.id;
     Ok(state.templates.get(id).await?)
 }
 
@@ -118,7 +159,7 @@ fn newest_ready<'b>(template: &TemplateRecord, builds: &'b [BuildRecord]) -> Opt
     tagged.or_else(|| builds.first())
 }
 
-fn shown(template: &TemplateRecord, build: &BuildRecord) -> wire::Template {
+pub(super) fn shown(template: &TemplateRecord, build: &BuildRecord) -> wire::Template {
     wire::Template {
         template_id: template.id.to_string(),
         build_id: build.id.to_string(),
@@ -127,7 +168,7 @@ fn shown(template: &TemplateRecord, build: &BuildRecord) -> wire::Template {
         disk_size_mb: build.resources.disk.whole_mib(),
         public: template.public,
         aliases: template.aliases.clone(),
-        names: template.aliases.iter().map(|alias| format!("{}/{alias}", teams::SLUG)).collect(),
+        names: full_names(template),
         created_at: wire::Time(template.created_at),
         updated_at: wire::Time(template.updated_at),
         created_by: None,

@@ -4,19 +4,12 @@ use super::super::ApiState;
 use super::super::error::ApiError;
 use axum::Router;
 use axum::extract::Request;
-use axum::routing::{any, get, post};
+use axum::routing::{any, post};
 
 /// All of them that have a path of their own.
 pub(super) fn routes() -> Router<ApiState> {
     Router::new()
-        .route("/v3/templates", post(build))
-        .route("/v2/templates/{id}", any(build))
-        .route("/v2/templates/{id}/builds/{build}", post(build))
         .route("/templates/{id}/builds/{build}", post(build))
-        .route("/templates/{id}/builds/{build}/status", get(build))
-        .route("/templates/{id}/builds/{build}/logs", get(build))
-        .route("/templates/{id}/files/{hash}", get(build))
-        .route("/templates/tags", any(build))
         .route("/volumes", any(volumes))
         .route("/volumes/{id}", any(volumes))
         .route("/volumecontent/{*path}", any(volumes))
@@ -25,7 +18,10 @@ pub(super) fn routes() -> Router<ApiState> {
 }
 
 pub(super) async fn build(request: Request) -> ApiError {
-    refuse(&request, "templates cannot be built or changed through the API yet; `stillbox template build` builds the built-in ones")
+    refuse(
+        &request,
+        "builds from an image that the client pushes ended with E2B's first CLI; use Template.build of an SDK from 2.0 on, or `stillbox template build`",
+    )
 }
 
 async fn volumes(request: Request) -> ApiError {

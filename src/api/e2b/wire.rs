@@ -1,5 +1,7 @@
 //! E2B's JSON, to the letter and without a rule. Fields that SDKs send and that change nothing here are left out.
 
+pub(super) mod builds;
+
 use serde::{Deserialize, Serialize, Serializer};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
