@@ -29,6 +29,7 @@ mod list;
 mod logs;
 mod metrics;
 mod network;
+mod overdue;
 mod pause;
 mod places;
 mod queue;
