@@ -10,6 +10,7 @@
 mod activity;
 mod adjust;
 mod agent;
+mod bearer;
 mod clock;
 mod commands;
 mod config;
@@ -49,6 +50,7 @@ mod workshop;
 pub use self::core::Seams;
 pub use activity::InUse;
 pub use adjust::{Adjust, AdjustError};
+pub use bearer::{Bearer, BearerError, is_bearer};
 pub use clock::Clock;
 pub use commands::{CommandError, Witness};
 pub use config::{CreateBy, SandboxConfig, SnapshotSync};
