@@ -102,9 +102,8 @@ pub(super) async fn start(
 
 /// Starts a job and answers as both kinds of background requests do.
 pub(super) fn begin(agent: &Arc<Agent>, program: Program, new: NewJob) -> Result<Value, HopxError> {
-    let timeout = program.timeout;
-    let (process, subscription) = run::start(agent, program)?;
-    let job = agent.hopx.jobs.add(new, process);
+    let running = run::start(agent, program)?;
+    let job = agent.hopx.jobs.add(new, Arc::clone(&running.process));
     let answer = json!({
         "process_id": job.id,
         "execution_id": job.id,
@@ -121,7 +120,7 @@ pub(super) fn begin(agent: &Arc<Agent>, program: Program, new: NewJob) -> Result
     tokio::spawn(async move {
         let _active = agent.hopx.counters.execution();
         // Its output is in the sandbox's log; here it is only taken, so that the program never waits for a reader.
-        let finished = run::collect(&job.process, subscription, timeout, &mut |_| {}).await;
+        let finished = run::collect(running, &mut |_| {}).await;
         job.end(finished.outcome, finished.took);
         memory::release_later();
     });

@@ -14,7 +14,7 @@ use super::error::{Code, HopxError};
 use crate::blocking;
 use crate::filesystem::ops::{self, Owner};
 use crate::process::exit::Exit;
-use crate::process::output::{OutputEvent, Source, Subscription};
+use crate::process::output::{Chunk, OutputEvent, Source, Subscription};
 use crate::process::spawn::{ProcessConfig, Stdin, Terminal};
 use crate::process::{self, Process, Start};
 use crate::state::Agent;
@@ -89,18 +89,29 @@ pub(super) async fn workdir(agent: &Agent, asked: Option<String>) -> Result<Stri
     Ok(workdir)
 }
 
-/// Starts a program. The subscription sees its output from the first byte on; the deadline holds without it.
-pub(super) fn start(agent: &Arc<Agent>, program: Program) -> Result<(Arc<Process>, Subscription), HopxError> {
+/// A program that was started.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) process: Arc<Process>,
+    /// Sees its output from the first byte on.
+    pub(super) output: Subscription,
+    begun: Instant,
+    timeout: Duration,
+}
+
+/// Starts a program. Its deadline holds whether or not anybody collects its output.
+pub(super) fn start(agent: &Arc<Agent>, program: Program) -> Result<Running, HopxError> {
     let user = user(agent)?;
-    let deadline = Instant::now().checked_add(program.timeout);
+    let (begun, timeout) = (Instant::now(), program.timeout);
+    let deadline = begun.checked_add(timeout);
     let stdin = if program.input.is_some() { Stdin::Open } else { Stdin::Null };
     let start = Start { config: program.config, terminal: Terminal::Pipes { stdin }, tag: None, deadline };
-    let (process, subscription) = process::start(agent, &agent.identity(), &user, start)?;
+    let (process, output) = process::start(agent, &agent.identity(), &user, start)?;
     if let Some(input) = program.input {
         tokio::spawn(feed(Arc::clone(&process), input));
     }
     tokio::spawn(end_group_at(Arc::clone(&process), deadline));
-    Ok((process, subscription))
+    Ok(Running { process, output, begun, timeout })
 }
 
 /// Writes the input and closes it. A program that does not read it all loses nothing but the rest.
@@ -136,30 +147,24 @@ pub(super) fn kill_group(process: &Process) {
 
 /// Runs a program to its end, in a task of its own.
 pub(super) async fn to_end(agent: &Arc<Agent>, program: Program) -> Result<Finished, HopxError> {
-    let timeout = program.timeout;
-    let (process, subscription) = start(agent, program)?;
+    let running = start(agent, program)?;
     let agent = Arc::clone(agent);
     let task = tokio::spawn(async move {
         let _active = agent.hopx.counters.execution();
-        collect(&process, subscription, timeout, &mut |_| {}).await
+        collect(running, &mut |_| {}).await
     });
     task.await.map_err(|error| HopxError::new(Code::Internal, error.to_string()))
 }
 
 /// Takes all output until the end; `sink` sees each chunk as it comes.
-pub(super) async fn collect(
-    process: &Process,
-    mut subscription: Subscription,
-    timeout: Duration,
-    sink: &mut (dyn FnMut(&crate::process::output::Chunk) + Send),
-) -> Finished {
-    let begun = Instant::now();
+pub(super) async fn collect(running: Running, sink: &mut (dyn FnMut(&Chunk) + Send)) -> Finished {
+    let Running { process, mut output, begun, timeout } = running;
     let end = begun + timeout + END_MAX;
     let (mut stdout, mut stderr) = (Stream::default(), Stream::default());
     let exit = loop {
         // Both arms are cancel-safe: an event that was not returned comes with the next call.
         let event = tokio::select! {
-            event = subscription.next() => event,
+            event = output.next() => event,
             () = sleep_until(end) => None,
         };
         match event {
@@ -176,7 +181,7 @@ pub(super) async fn collect(
     };
     let took = begun.elapsed();
     let outcome = match exit {
-        Some(exit) if took < timeout || exit == Exit::Code(0) => Outcome::Exited(exit),
+        Some(exit) if took < timeout || exit.is_normal() => Outcome::Exited(exit),
         Some(_) | None => Outcome::TimedOut(timeout),
     };
     let mut stderr = stderr.text();
