@@ -8,7 +8,7 @@ use super::super::auth::AuthError;
 use super::super::error::{ApiError, InternalFailure, Wording};
 use super::super::layers::RequestId;
 use crate::model::SandboxId;
-use crate::sandbox::{ConnectError, CreateError, PauseError, StoreFailure, TimeoutError, UnknownSandbox};
+use crate::sandbox::{ConnectError, CreateError, Full, PauseError, StoreFailure, TimeoutError, UnknownSandbox};
 use crate::template::{RemoveError, ResolveError};
 use axum::extract::Request;
 use axum::middleware::Next;
@@ -123,8 +123,14 @@ impl From<StoreFailure> for HopxError {
     }
 }
 
-fn too_many(error: &impl std::fmt::Display, running: u32, limit: u32) -> HopxError {
-    HopxError::limit(error.to_string(), json!({ "limit": limit, "current": running, "available": limit.saturating_sub(running) }))
+/// `limit`, `current` and `available` are in the unit of the place that is missing: sandboxes, CPUs or bytes.
+fn too_many(full: Full) -> HopxError {
+    let (current, limit) = match full {
+        Full::Sandboxes { running, limit } => (u64::from(running), u64::from(limit)),
+        Full::Cpus { taken, limit, .. } => (taken, limit),
+        Full::Memory { taken, limit, .. } => (taken.bytes(), limit.bytes()),
+    };
+    HopxError::limit(full.to_string(), json!({ "limit": limit, "current": current, "available": limit.saturating_sub(current) }))
 }
 
 fn shutting_down(message: String) -> HopxError {
@@ -134,7 +140,7 @@ fn shutting_down(message: String) -> HopxError {
 impl From<CreateError> for HopxError {
     fn from(error: CreateError) -> Self {
         match error {
-            CreateError::TooMany { running, limit } => too_many(&error, running, limit),
+            CreateError::TooMany(full) => too_many(full),
             CreateError::ShuttingDown => shutting_down(error.to_string()),
             CreateError::Killed(_) | CreateError::IdempotencyConflict { .. } => Self::wrong_state(error.to_string()),
             CreateError::NotReady { .. } => Self::invalid(error.to_string()),
@@ -173,7 +179,7 @@ impl From<ConnectError> for HopxError {
             ConnectError::Unknown(unknown) => unknown.into(),
             ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. } => Self::wrong_state(error.to_string()),
             ConnectError::TooLong { .. } => Self::invalid(error.to_string()),
-            ConnectError::TooMany { running, limit } => too_many(&error, running, limit),
+            ConnectError::TooMany(full) => too_many(full),
             ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),
         }
     }

@@ -6,10 +6,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-
-hopx_ai = pytest.importorskip("hopx_ai", reason="the runner installs it beside the newest e2b only")
-from hopx_ai import AsyncSandbox, Sandbox  # noqa: E402
-from hopx_ai.errors import (  # noqa: E402
+from hopx_ai import AsyncSandbox, Sandbox
+from hopx_ai.errors import (
     AuthenticationError,
     DesktopNotAvailableError,
     FileNotFoundError,
