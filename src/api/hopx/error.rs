@@ -188,8 +188,10 @@ impl From<ConnectError> for HopxError {
 impl From<ResolveError> for HopxError {
     fn from(error: ResolveError) -> Self {
         match error {
-            ResolveError::UnknownTemplate(_) | ResolveError::UnknownTag { .. } => Self::not_found("TEMPLATE_NOT_FOUND", error.to_string()),
-            ResolveError::Malformed { .. } => Self::invalid(error.to_string()),
+            ResolveError::UnknownTemplate(_) | ResolveError::UnknownTag { .. } | ResolveError::UnknownBuild { .. } => {
+                Self::not_found("TEMPLATE_NOT_FOUND", error.to_string())
+            }
+            ResolveError::Malformed { .. } | ResolveError::BadTag { .. } => Self::invalid(error.to_string()),
             ResolveError::Store(_) => Self::internal(error),
         }
     }
