@@ -5,7 +5,7 @@ SHELL := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin
 STILLBOX := target/release/stillbox
 
-.PHONY: help run demo setup setup-test criu build test check bench vm-test dist clean
+.PHONY: help run demo setup setup-test criu build test check bench vm-test container-test dist clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ test: setup-test build ## everything but the emulated machine: rules, wire, kern
 vm-test: setup-test build ## the same binary on Debian's 6.1 kernel with cgroup v2, in an emulated machine
 	@$(STILLBOX) template export base target/vm/base.tar.zst --data-dir $(CURDIR)/target/vm/data
 	@tests/vm/run.sh $(STILLBOX) target/vm/base.tar.zst
+
+container-test: setup-test build ## the Dockerfile: built by buildah on our own base, doctor and demo run in it
+	@scripts/container-test.sh
 
 check: ## format, lints, layout, licences
 	@scripts/check.sh

@@ -43,6 +43,9 @@ qemu-system-x86|the emulated machine of `make vm-test`
 busybox-static|that machine's first programs
 zstd|that machine's files
 runc|the peer that benchmarks compare with
+docker-registry|the registry that image tests start on a port of their own
+skopeo|fills that registry and writes image archives
+buildah|builds the Dockerfile at the top in `make container-test`
 LIST
 }
 

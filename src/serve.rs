@@ -11,14 +11,14 @@ use crate::runtime::kernel::{self, Kernel};
 use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::build::{Builds, BuildsMeans};
-use crate::template::{self, Resolved, Templates};
+use crate::template::{self, Resolved, Templates, Thoroughness};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -115,6 +115,7 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     })
     .await?;
     tokio::spawn(make_ready(registry.clone(), built_ins));
+    tokio::spawn(collect_layers(templates.clone()));
     let (stop, stopped) = watch::channel(false);
     let state = ApiState::new(registry.clone(), templates, builds.clone(), api_config(&config, key));
     let servers = spawn_listeners(&config, bound, tls, &registry, state, &stopped)?;
@@ -156,6 +157,19 @@ async fn make_ready(registry: Registry, mut built_ins: Vec<Resolved>) {
         if let Err(error) = registry.make_ready(build.id).await {
             let name = template.aliases.first().map_or("", String::as_str);
             warn!(error = &error as &dyn std::error::Error, "Template {name} has no dump yet; its sandboxes start cold");
+        }
+    }
+}
+
+/// Layers grow slowly and are not in the way of anything: from time to time is enough.
+const COLLECT_EVERY: Duration = Duration::from_secs(600);
+
+/// Runs until the server ends.
+async fn collect_layers(templates: Templates) {
+    loop {
+        tokio::time::sleep(COLLECT_EVERY).await;
+        if let Err(error) = templates.collect_garbage(Thoroughness::Usual).await {
+            warn!(error = &error as &dyn std::error::Error, "Could not look for layers that nothing needs; the next round tries again");
         }
     }
 }

@@ -3,8 +3,7 @@
 //!
 //! ```text
 //! main ─> pid1 (secret from fd 0, stdio, lo) ─> serve ─┬─ http: /health /metrics /envs /init /files /stillbox/logs
-//!                                                      ├─ rpc:  process.rs -> process/   filesystem/
-//!                                                      ├─ hopx: the same under HopX's wire, for the host's proxy alone
+//!                                                      └─ rpc:  process.rs -> process/   filesystem/
 //!                                                      └─ interpreter: port 49999, where the template has one
 //! state (Agent) <── init replaces the identity; auth, users and paths answer who asks and where
 //! ```
@@ -37,8 +36,6 @@ mod error;
 mod files;
 #[cfg(feature = "agent")]
 mod filesystem;
-#[cfg(feature = "agent")]
-mod hopx;
 #[cfg(feature = "agent")]
 mod http;
 #[cfg(feature = "agent")]

@@ -4,6 +4,7 @@ use super::ApiState;
 use super::auth::require_key;
 use super::error::ApiError;
 use crate::model::{Keep, SandboxId};
+use crate::template::{AdoptError, Manifest, ManifestError, Thoroughness};
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
@@ -17,6 +18,8 @@ pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
         .route("/stillbox/sandboxes/{id}/findings", get(findings))
         .route("/stillbox/disk", get(disk))
         .route("/stillbox/disk/gc", post(collect_garbage))
+        .route("/stillbox/templates", post(adopt))
+        .route("/stillbox/templates/{name}/manifest", get(manifest))
         .route_layer(from_fn_with_state(state.clone(), require_key))
 }
 
@@ -78,6 +81,26 @@ async fn disk(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
 }
 
 async fn collect_garbage(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
-    let freed = state.registry.collect_garbage().await?;
-    Ok(Json(json!({ "freedBytes": freed.bytes() })))
+    let dumps = state.registry.collect_garbage().await?;
+    let layers = state.templates.collect_garbage(Thoroughness::Everything).await.map_err(ApiError::internal)?;
+    Ok(Json(json!({ "freedBytes": dumps.bytes() + layers.bytes() })))
+}
+
+/// All of a template but its layers' files, for an export by who can read those.
+async fn manifest(State(state): State<ApiState>, Path(name): Path<String>) -> Result<Json<Manifest>, ApiError> {
+    match state.templates.manifest_of(&name).await {
+        Ok(manifest) => Ok(Json(manifest)),
+        Err(ManifestError::Resolve(error)) => Err(error.into()),
+        Err(error @ (ManifestError::Unfinished(_) | ManifestError::Snapshot(_))) => Err(ApiError::conflict(error.to_string())),
+    }
+}
+
+/// Makes a template of layers that were imported into the data folder.
+async fn adopt(State(state): State<ApiState>, Json(manifest): Json<Manifest>) -> Result<Json<Value>, ApiError> {
+    match state.templates.adopt(manifest).await {
+        Ok(resolved) => Ok(Json(json!({ "templateID": resolved.template.id.as_str(), "buildID": resolved.build.id.to_string() }))),
+        Err(AdoptError::Name(error)) => Err(error.into()),
+        Err(error @ AdoptError::NoLayer(_)) => Err(ApiError::bad_request(error.to_string())),
+        Err(error @ (AdoptError::Hold { .. } | AdoptError::Store(_) | AdoptError::Interrupted(_))) => Err(ApiError::internal(error)),
+    }
 }

@@ -109,6 +109,12 @@ impl Client {
         self.accepted(&url, self.agent.post(&url).header("X-API-KEY", &self.key).send_json(body)).map(|_| ())
     }
 
+    /// PUT of a stream of unknown length to a link of the server's; no key goes with it.
+    pub fn put_stream(&self, url: &str, from: impl io::Read + Send + Sync + 'static) -> Result<(), ClientError> {
+        let body = ureq::SendBody::from_owned_reader(from);
+        self.accepted(url, self.agent.put(url).content_type("application/gzip").send(body)).map(|_| ())
+    }
+
     /// DELETE of the control plane.
     pub fn delete(&self, path: &str) -> Result<(), ClientError> {
         let url = format!("{}{path}", self.base);

@@ -4,6 +4,8 @@ use super::value::{Listen, Value};
 use super::{ApiKey, Config, LogFormat};
 use crate::runtime::config::{DiskDriver, SandboxMounts};
 use crate::sandbox::{CreateBy, SnapshotSync};
+use crate::template::image::{Alias, Reference};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 type Setter = fn(&mut Config, &Value) -> Result<(), String>;
@@ -72,6 +74,12 @@ keys! {
     "build.step_time_max" => |c, v| c.build.step_time_max = v.duration()?;
     "build.upload_bytes_max" => |c, v| c.build.upload_bytes_max = v.size()?;
     "build.cache_kept" => |c, v| c.build.cache_kept = v.duration()?;
+    "template.image_aliases" => |c, v| c.template.images.aliases = aliases(v)?;
+    "template.registry_mirrors" => |c, v| c.template.images.mirrors = mirrors(v)?;
+    "template.plain_http_registries" => |c, v| c.template.images.plain_http = hosts(v)?;
+    "template.registry_auth_file" => |c, v| c.template.images.auth_file = Some(absolute(v)?);
+    "template.pull_time_max" => |c, v| c.template.images.pull_time_max = v.duration()?;
+    "template.images_kept" => |c, v| c.template.images.kept = v.duration()?;
     "template.import_bytes_max" => |c, v| c.template.limits.bytes_max = v.size()?;
     "template.import_entries_max" => |c, v| c.template.limits.entries_max = v.whole(1, u64::from(u32::MAX))?;
 }
@@ -93,8 +101,8 @@ pub(super) fn of_variable(name: &str) -> Option<&'static str> {
 }
 
 /// Whether a table in the file is this key's value, not a group of keys.
-pub(super) const fn is_map(_key: &str) -> bool {
-    false
+pub(super) fn is_map(key: &str) -> bool {
+    matches!(key, "template.image_aliases" | "template.registry_mirrors")
 }
 
 /// Every key.
@@ -213,6 +221,41 @@ fn mirror(value: &Value) -> Result<String, String> {
         Ok(text)
     } else {
         Err(format!("'{text}' is not the address of a mirror, such as http://mirror.example/debian"))
+    }
+}
+
+/// An absolute path is an archive, `template:NAME` a template, anything else another image.
+fn aliases(value: &Value) -> Result<BTreeMap<String, Alias>, String> {
+    let target = |text: &str| match text.strip_prefix("template:") {
+        Some(name) => Ok(Alias::Template(name.trim().to_owned())),
+        None if text.starts_with('/') => Ok(Alias::Archive(PathBuf::from(text))),
+        None => text.parse::<Reference>().map(Alias::Image).map_err(|error| error.to_string()),
+    };
+    let alias = |(name, text): (String, String)| {
+        name.parse::<Reference>().map_err(|error| error.to_string())?;
+        Ok((name, target(&text)?))
+    };
+    value.map()?.into_iter().map(alias).collect()
+}
+
+/// Registry to base addresses, separated by blanks.
+fn mirrors(value: &Value) -> Result<BTreeMap<String, Vec<String>>, String> {
+    let is_address = |text: &str| ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+    let mirror = |(registry, text): (String, String)| {
+        let addresses: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        match addresses.iter().find(|address| !is_address(address)) {
+            Some(wrong) => Err(format!("'{wrong}' is not the address of a mirror, such as https://mirror.example")),
+            None => Ok((registry, addresses)),
+        }
+    };
+    value.map()?.into_iter().map(mirror).collect()
+}
+
+fn hosts(value: &Value) -> Result<Vec<String>, String> {
+    let list = value.list()?;
+    match list.iter().find(|host| host.contains('/') || host.is_empty()) {
+        Some(wrong) => Err(format!("'{wrong}' is not a host such as registry.example:5000")),
+        None => Ok(list),
     }
 }
 

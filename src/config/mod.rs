@@ -15,7 +15,7 @@ use crate::proxy::ProxyConfig;
 use crate::runtime::config::RuntimeConfig;
 use crate::sandbox::{CreateBy, Failpoints, SandboxConfig, SnapshotSync};
 use crate::template::build::BuildConfig;
-use crate::template::{TemplateConfig, UnpackLimits};
+use crate::template::{ImageSettings, TemplateConfig, UnpackLimits};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -114,6 +114,7 @@ impl Default for Config {
                 debian_security_mirror: None,
                 cache_dir: None,
                 limits: UnpackLimits::default(),
+                images: ImageSettings::default(),
             },
             build: BuildConfig::default(),
         }

@@ -1,6 +1,7 @@
 //! How one value is read, from a file's TOML or from the text of a variable or flag.
 
 use crate::model::ByteSize;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -77,6 +78,21 @@ impl Value {
             Self::File(value) => Err(format!("{value} is not a list of texts")),
         }
     }
+
+    /// A table of texts; from a variable or flag `NAME=TEXT`, separated by commas.
+    pub(super) fn map(&self) -> Result<BTreeMap<String, String>, String> {
+        let pair = |item: &str| match item.split_once('=') {
+            Some((name, text)) => Ok((name.trim().to_owned(), text.trim().to_owned())),
+            None => Err(format!("'{item}' is not NAME=TEXT")),
+        };
+        match self {
+            Self::Text(text) => text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(pair).collect(),
+            Self::File(toml::Value::Table(table)) => {
+                table.iter().map(|(name, value)| Ok((name.clone(), Self::File(value.clone()).text()?))).collect()
+            }
+            Self::File(value) => Err(format!("{value} is not a table of texts")),
+        }
+    }
 }
 
 /// Addresses that a listener binds, all of them.
@@ -148,6 +164,14 @@ mod tests {
         assert_eq!(Value::Text("50ms".into()).duration(), Ok(Duration::from_millis(50)));
         assert!(Value::Text("300".into()).duration().is_err());
         assert!(Value::Text("99999999999999999999 d".into()).duration().is_err());
+    }
+
+    #[test]
+    fn a_table_is_written_in_one_line_too() {
+        let read = Value::Text("ubuntu:22.04=/srv/u.tar, a/b = template:base".into()).map().unwrap();
+        assert_eq!(read["ubuntu:22.04"], "/srv/u.tar");
+        assert_eq!(read["a/b"], "template:base");
+        assert!(Value::Text("ubuntu".into()).map().is_err());
     }
 
     #[test]

@@ -27,9 +27,7 @@ use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::DiskNext;
 use super::uids::UidPool;
-use super::{
-    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
-};
+use super::{DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use live::Live;
 use std::collections::HashMap;
@@ -104,7 +102,7 @@ impl Runtime for Kernel {
         self.start_sandbox(request).await
     }
 
-    async fn adopt(&self, id: SandboxId, kernel: &KernelRef, network: &NetworkPolicy) -> Result<(), RuntimeError> {
+    async fn adopt(&self, id: SandboxId, kernel: &KernelRef) -> Result<(), RuntimeError> {
         let is_ours = kernel.host_boot_id == self.0.host_boot_id;
         let waited = self.blocking(move |shared| shared.wait_for_helper(id)).await;
         waited.map_err(step(id, "waiting for an earlier server's helper"))?;
@@ -113,17 +111,9 @@ impl Runtime for Kernel {
             false => None,
         };
         let live = live.ok_or(RuntimeError::NotRunning { id })?;
-        self.0.network.adopt(kernel.slot, id, network).await.map_err(step(id, "taking over the network slot"))?;
+        self.0.network.adopt(kernel.slot, id).await.map_err(step(id, "taking over the network slot"))?;
         self.insert(id, live);
         Ok(())
-    }
-
-    async fn restored(&self, id: SandboxId) -> Result<Restored, RuntimeError> {
-        let looked = self.blocking(move |shared| {
-            shared.wait_for_helper(id)?;
-            restored::read(&shared.layout.sandbox(id))
-        });
-        looked.await.map_err(step(id, "looking for what an earlier server restored"))
     }
 
     async fn exited(&self, id: SandboxId) -> Exit {
@@ -139,7 +129,7 @@ impl Runtime for Kernel {
     }
 
     async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError> {
-        self.settle(id).await
+        self.release(id, DiskNext::Kept).await
     }
 
     async fn destroy(&self, id: SandboxId) -> Result<(), RuntimeError> {

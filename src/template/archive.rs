@@ -14,7 +14,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 const MANIFEST: &str = "stillbox.json";
 /// A manifest holds a few names and an environment.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
@@ -265,7 +265,7 @@ fn read_manifest(entry: &mut impl Read, file: &Path) -> Result<Manifest, Archive
         return Err(wrong(format!("it has format {}; this version of stillbox reads format {FORMAT}", manifest.format)));
     }
     // Ids become folder names.
-    match manifest.layers.iter().find(|id| id.len() != 64 || !id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))) {
+    match manifest.layers.iter().find(|id| !layer::is_id(id)) {
         Some(id) => Err(wrong(format!("'{}' is not a layer id", shown(id.as_bytes())))),
         None if manifest.layers.is_empty() => Err(wrong("it names no layer".into())),
         None => Ok(manifest),

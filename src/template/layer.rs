@@ -64,6 +64,11 @@ pub(super) fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Erro
     move |source| LayerError::Io { doing, path, source }
 }
 
+/// Whether the text has the form of a layer's id; only then it may become a folder's name.
+pub(super) fn is_id(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
 /// Where a layer is, or would be.
 pub fn folder_of(data_dir: &Path, id: &str) -> PathBuf {
     data_dir.join("layers").join(id)

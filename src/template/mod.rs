@@ -3,10 +3,13 @@
 //! A template is a name for builds; a build is a list of layers and how to start them. Built-in templates come from a
 //! recipe ([`bootstrap`]) or an [`archive`]; both end as layers below `data_dir` and rows that [`Templates`] answers from.
 
+mod adopt;
 pub mod archive;
 pub mod bootstrap;
 pub mod build;
 mod catalog;
+mod collect;
+pub mod dockerfile;
 pub mod image;
 pub mod layer;
 mod layered;
@@ -18,8 +21,11 @@ mod tags;
 pub mod unpack;
 mod whiteout;
 
+pub use adopt::{AdoptError, ManifestError};
 pub use archive::Manifest;
 pub use catalog::{BuiltInError, RemoveError, ResolveError, Resolved, Templates, Visibility};
+pub use collect::{CollectError, Thoroughness};
+pub use image::ImageSettings;
 pub use lease::Lease;
 pub use mirror::MirrorError;
 pub use recipe::Recipe;
@@ -43,6 +49,8 @@ pub struct TemplateConfig {
     pub cache_dir: Option<PathBuf>,
     /// What an archive or image may unpack to.
     pub limits: UnpackLimits,
+    /// Where images come from.
+    pub images: ImageSettings,
 }
 
 /// In whole microseconds, as the store keeps it: a row reads back as it was written.

@@ -228,6 +228,7 @@ fn template_config(data_dir: &std::path::Path) -> TemplateConfig {
         debian_mirror: None,
         debian_security_mirror: None,
         cache_dir: None,
+        images: stillbox::template::ImageSettings::default(),
         limits: UnpackLimits::default(),
     }
 }

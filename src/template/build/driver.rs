@@ -137,7 +137,16 @@ impl Driver<'_> {
     async fn base(&mut self, base: &Base) -> Result<Commands, BuildFailure> {
         match base {
             Base::Template(name) => self.base_template(name).await,
-            Base::Image(request) => self.base_image(request).await.map(|()| Commands { start: None, ready: None }),
+            Base::Image(request) => match image::template_for(&self.means.config, request) {
+                Some(name) => {
+                    let commands = self.base_template(&name).await?;
+                    // Its steps run as on the image that the template stands in for.
+                    self.state.user = "root".to_owned();
+                    self.state.workdir = String::new();
+                    Ok(commands)
+                }
+                None => self.base_image(request).await.map(|()| Commands { start: None, ready: None }),
+            },
         }
     }
 
