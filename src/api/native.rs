@@ -9,6 +9,7 @@ use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use http::StatusCode;
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
@@ -16,6 +17,7 @@ pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
     Router::new()
         .route("/stillbox/sandboxes/{id}", get(inside))
         .route("/stillbox/sandboxes/{id}/findings", get(findings))
+        .route("/stillbox/builds/{id}/cancel", post(cancel_build))
         .route("/stillbox/disk", get(disk))
         .route("/stillbox/disk/gc", post(collect_garbage))
         .route("/stillbox/templates", post(adopt))
@@ -59,6 +61,15 @@ async fn findings(State(state): State<ApiState>, Path(id): Path<String>) -> Resu
     let findings: Vec<Value> =
         findings.into_iter().map(|finding| json!({ "pid": finding.pid, "command": finding.command, "reason": finding.reason })).collect();
     Ok(Json(json!({ "findings": findings })))
+}
+
+/// Stops a build that is under way; its status says so soon afterwards.
+async fn cancel_build(State(state): State<ApiState>, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let id = id.parse().map_err(|error: crate::model::ParseIdError| ApiError::bad_request(error.to_string()))?;
+    match state.builds.cancel(id) {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(ApiError::not_found(format!("build {id} is not under way"))),
+    }
 }
 
 async fn disk(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {

@@ -6,6 +6,7 @@
 use super::super::image::{self, ImageRequest};
 use super::super::{Lease, ResolveError, Resolved, TemplateConfig, Templates};
 use super::log::{BuildLog, Output};
+use super::merge::{self, LAYERS_MAX};
 use super::plan::{Base, Cache, Copy, Instruction, Plan};
 use super::state::{Errand, State};
 use super::uploads::Uploads;
@@ -47,7 +48,7 @@ pub(super) async fn run(means: &Means, log: &BuildLog, build: BuildRecord, plan:
     let begun = Instant::now();
     log.say(LogLevel::Info, format!("Building template {}/{}", build.template, build.id));
     let instructions = understood(&plan)?;
-    let mut driver = Driver { means, log, build, cache: plan.cache, state: State::default(), held: Vec::new() };
+    let mut driver = Driver { means, log, build, cache: plan.cache, state: State::default(), held: Vec::new(), base_layers: 0 };
     let commands = driver.base(&plan.base).await?;
     let count = instructions.len();
     for ((number, step), instruction) in (1..).zip(&plan.steps).zip(&instructions) {
@@ -129,6 +130,8 @@ struct Driver<'a> {
     state: State,
     /// Layers that no row names yet.
     held: Vec<Lease>,
+    /// How many of the layers are the base's.
+    base_layers: usize,
 }
 
 impl Driver<'_> {
@@ -186,6 +189,7 @@ impl Driver<'_> {
             let lease = Lease::take(&self.means.config.data_dir, id).map_err(|error| part.broke(&error))?;
             self.held.push(lease.ok_or_else(|| part.failed(format!("layer {id} of its base is gone; build the base again")))?);
         }
+        self.base_layers = layers.len();
         Ok(())
     }
 
@@ -221,17 +225,38 @@ impl Driver<'_> {
             && let Some(layer) = self.cached(part, &key).await?
         {
             self.announce(part, &key, Cache::Use);
-            let id = layer.as_ref().map(|layer| layer.id().to_owned());
-            self.held.extend(layer);
-            self.state.done(id);
-            return Ok(());
+            return self.stack(part, layer).await;
         }
         self.announce(part, &key, Cache::Skip);
         let layer = self.layer_of(part, work).await?;
-        let id = layer.as_ref().map(|layer| layer.id().to_owned());
-        self.remember(part, key, id.clone()).await?;
+        self.remember(part, key, layer.as_ref().map(|layer| layer.id().to_owned())).await?;
+        self.stack(part, layer).await
+    }
+
+    /// Puts a step's layer on top. When there are many, those of the steps become one.
+    async fn stack(&mut self, part: &Part, layer: Option<Lease>) -> Result<(), BuildFailure> {
+        self.state.done(layer.as_ref().map(|layer| layer.id().to_owned()));
         self.held.extend(layer);
-        self.state.done(id);
+        if self.state.layers.len() <= LAYERS_MAX {
+            return Ok(());
+        }
+        // A base that is itself that high gives way, too.
+        let kept = if self.base_layers < LAYERS_MAX / 2 { self.base_layers } else { 0 };
+        let key = self.state.key(&("merge", kept));
+        let one = match self.cached(part, &key).await? {
+            Some(Some(one)) => one,
+            Some(None) | None => {
+                let (data_dir, layers) = (self.means.config.data_dir.clone(), self.state.layers[kept..].to_vec());
+                let merged = tokio::task::spawn_blocking(move || merge::merged(&data_dir, &layers)).await;
+                let one = merged.map_err(|panicked| part.broke(&panicked))?.map_err(|error| part.broke(&error))?;
+                self.remember(part, key, Some(one.id().to_owned())).await?;
+                one
+            }
+        };
+        self.state.layers.truncate(kept);
+        self.state.layers.push(one.id().to_owned());
+        self.base_layers = kept;
+        self.held.push(one);
         Ok(())
     }
 

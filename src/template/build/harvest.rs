@@ -4,17 +4,16 @@
 //! a folder up when something in it changes, and what changed may be ours). A folder of a lower layer that was renamed
 //! comes with all that is in it: a layer that points into others would break when they are put together anew.
 
-use super::super::layer::{Incoming, LayerError, io_error, is_kept_attribute};
+use super::super::layer::{Incoming, LayerError, io_error};
 use super::super::lease::Lease;
 use super::super::whiteout::{is_gone, is_opaque, make_gone, make_opaque};
+use super::copier::{Copier, copy_facts};
 use super::view::{Found, View, below, names_in};
-use nix::sys::{stat, time::TimeSpec};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, Metadata};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown, symlink};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The kernel's folders: what is in them is never part of a layer.
@@ -27,7 +26,7 @@ const REDIRECT: &str = "trusted.overlay.redirect";
 /// are paths, from the root, that belong to the build and not to the layer.
 pub(super) fn layer_of(data_dir: &Path, upper: &Path, lower: &View, kept_out: &[PathBuf]) -> Result<Option<Lease>, LayerError> {
     let incoming = Incoming::new(data_dir)?;
-    let mut harvest = Harvest { lower, kept_out, links: HashMap::new() };
+    let mut harvest = Harvest { lower, kept_out, copier: Copier::default() };
     let root = incoming.rootfs();
     harvest.folder(upper, &root, Path::new(""), &Beneath::Shown(PathBuf::new()))?;
     let is_empty = fs::read_dir(&root).map_err(io_error("list", &root))?.next().is_none();
@@ -69,8 +68,7 @@ impl Beneath {
 struct Harvest<'a> {
     lower: &'a View,
     kept_out: &'a [PathBuf],
-    /// By which path an inode with several names was copied first.
-    links: HashMap<(u64, u64), PathBuf>,
+    copier: Copier,
 }
 
 impl Harvest<'_> {
@@ -91,7 +89,7 @@ impl Harvest<'_> {
             } else if metadata.is_dir() {
                 self.child_folder(&path, &metadata, &target, &inside, beneath.child(name))?;
             } else {
-                self.copy(&path, &metadata, &target)?;
+                self.copier.copy(&path, &metadata, &target)?;
             }
         }
         match beneath {
@@ -149,7 +147,7 @@ impl Harvest<'_> {
                 Found::Nothing => {}
                 Found::Other(file) => {
                     let metadata = fs::symlink_metadata(&file).map_err(io_error("read", &file))?;
-                    self.copy(&file, &metadata, &target)?;
+                    self.copier.copy(&file, &metadata, &target)?;
                 }
                 Found::Folder(parts) => {
                     fs::create_dir(&target).map_err(io_error("create", &target))?;
@@ -160,28 +158,6 @@ impl Harvest<'_> {
             }
         }
         Ok(())
-    }
-
-    fn copy(&mut self, path: &Path, metadata: &Metadata, target: &Path) -> Result<(), LayerError> {
-        if metadata.nlink() > 1 {
-            if let Some(first) = self.links.get(&(metadata.dev(), metadata.ino())) {
-                return fs::hard_link(first, target).map_err(io_error("link", target));
-            }
-            self.links.insert((metadata.dev(), metadata.ino()), target.to_owned());
-        }
-        let kind = metadata.file_type();
-        if kind.is_file() {
-            fs::copy(path, target).map_err(io_error("copy", path))?;
-        } else if kind.is_symlink() {
-            let to = fs::read_link(path).map_err(io_error("read", path))?;
-            symlink(to, target).map_err(io_error("create", target))?;
-        } else if kind.is_fifo() {
-            nix::unistd::mkfifo(target, stat::Mode::from_bits_truncate(0o600)).map_err(|errno| io_error("create", target)(errno.into()))?;
-        } else {
-            // A socket is of use only to whoever listens on it; device nodes are the runtime's.
-            return Ok(());
-        }
-        copy_facts(path, metadata, target)
     }
 }
 
@@ -200,20 +176,120 @@ fn sorted_names(folder: &Path) -> Result<BTreeSet<OsString>, LayerError> {
     names.map_err(io_error("list", folder))
 }
 
-/// Owner, permissions, kept attributes and time. The owner first: changing it drops set-user-ID bits and capabilities.
-fn copy_facts(from: &Path, metadata: &Metadata, to: &Path) -> Result<(), LayerError> {
-    let copied = || -> io::Result<()> {
-        lchown(to, Some(metadata.uid()), Some(metadata.gid()))?;
-        if !metadata.is_symlink() {
-            fs::set_permissions(to, fs::Permissions::from_mode(metadata.mode() & 0o7777))?;
-            for name in xattr::list(from)?.filter(|name| is_kept_attribute(name)) {
-                if let Some(value) = xattr::get(from, &name)? {
-                    xattr::set(to, &name, &value)?;
+#[cfg(test)]
+mod tests {
+    use super::super::super::layer::folder_of;
+    use super::*;
+
+    /// Makes files (their content is their path) and folders (`x/`) below `root`.
+    fn furnish(root: &Path, paths: &[&str]) {
+        for path in paths {
+            let on_disk = root.join(path);
+            match path.strip_suffix('/') {
+                Some(_) => fs::create_dir_all(on_disk).unwrap(),
+                None => {
+                    fs::create_dir_all(on_disk.parent().unwrap()).unwrap();
+                    fs::write(on_disk, path).unwrap();
                 }
             }
         }
-        let time = TimeSpec::new(metadata.mtime(), 0);
-        stat::utimensat(None, to, &time, &time, stat::UtimensatFlags::NoFollowSymlink).map_err(io::Error::from)
-    };
-    copied().map_err(io_error("write", to))
+    }
+
+    fn paths_below(root: &Path) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut folders = vec![root.to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(&folder).unwrap() {
+                let entry = entry.unwrap();
+                let metadata = entry.metadata().unwrap();
+                let mark = if is_gone(&metadata) { "-" } else { "" };
+                found.push(format!("{mark}{}", entry.path().strip_prefix(root).unwrap().display()));
+                if metadata.is_dir() {
+                    folders.push(entry.path());
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    struct World {
+        folder: tempfile::TempDir,
+    }
+
+    impl World {
+        fn new(lower: &[&str], upper: &[&str]) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            furnish(&folder.path().join("lower"), lower);
+            furnish(&folder.path().join("upper"), upper);
+            Self { folder }
+        }
+
+        fn upper(&self) -> PathBuf {
+            self.folder.path().join("upper")
+        }
+
+        fn harvested(&self) -> Option<PathBuf> {
+            let lower = View::of_folders(vec![self.folder.path().join("lower")]);
+            let lease = layer_of(self.folder.path(), &self.upper(), &lower, &[PathBuf::from("home/kept-out")]).unwrap();
+            lease.map(|lease| folder_of(self.folder.path(), lease.id()))
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_step_s_leaves_no_layer() {
+        let ours = ["etc/hosts", "etc/resolv.conf", "run/stillbox/boot_id", "dev/pts/", "dev/shm/x", "home/kept-out", "tmp/"];
+        let world = World::new(&["etc/passwd", "run/", "dev/", "home/", "tmp/"], &ours);
+        fs::set_permissions(world.upper().join("dev"), fs::Permissions::from_mode(0o700)).unwrap();
+        assert_eq!(world.harvested(), None);
+    }
+
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_a_step_changed_comes_with_its_folders_modes_and_links() {
+        let world = World::new(&["etc/passwd", "srv/", "opt/"], &["etc/hosts", "etc/passwd", "opt/", "srv/new/file", "empty/"]);
+        fs::set_permissions(world.upper().join("opt"), fs::Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(world.upper().join("srv/new/file"), fs::Permissions::from_mode(0o4755)).unwrap();
+        fs::hard_link(world.upper().join("srv/new/file"), world.upper().join("srv/again")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(world.upper().join("srv/socket")).unwrap();
+        let layer = world.harvested().unwrap();
+        assert_eq!(paths_below(&layer), ["empty", "etc", "etc/passwd", "opt", "srv", "srv/again", "srv/new", "srv/new/file"]);
+        let file = fs::metadata(layer.join("srv/new/file")).unwrap();
+        assert_eq!((file.mode() & 0o7777, file.nlink()), (0o4755, 2));
+        assert_eq!(fs::metadata(layer.join("opt")).unwrap().mode() & 0o7777, 0o700);
+    }
+
+    #[test]
+    fn a_renamed_folder_of_a_lower_layer_comes_whole() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let lower = ["old/kept", "old/gone", "old/sub/deep", "old/sub/changed", "other/x"];
+        let world = World::new(&lower, &["new/added", "new/sub/changed", "place/moved/", "hidden/y"]);
+        make_gone(&world.upper().join("old")).unwrap();
+        make_gone(&world.upper().join("new/gone")).unwrap();
+        xattr::set(world.upper().join("new"), REDIRECT, b"/old").unwrap();
+        xattr::set(world.upper().join("place/moved"), REDIRECT, b"/other").unwrap();
+        make_opaque(&world.upper().join("hidden")).unwrap();
+        let layer = world.harvested().unwrap();
+        let expected = [
+            "-old",
+            "hidden",
+            "hidden/y",
+            "new",
+            "new/added",
+            "new/kept",
+            "new/sub",
+            "new/sub/changed",
+            "new/sub/deep",
+            "place",
+            "place/moved",
+            "place/moved/x",
+        ];
+        assert_eq!(paths_below(&layer), expected);
+        assert_eq!(fs::read_to_string(layer.join("new/sub/changed")).unwrap(), "new/sub/changed");
+        assert!(is_opaque(&layer.join("new")).unwrap() && is_opaque(&layer.join("hidden")).unwrap());
+        assert!(!is_opaque(&layer.join("place")).unwrap());
+    }
 }

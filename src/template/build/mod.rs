@@ -8,10 +8,12 @@
 //! plan may hold secrets and is not stored; the next server finds the row and says what happened. What the steps made
 //! until then is in the cache.
 
+mod copier;
 mod driver;
 mod expand;
 mod harvest;
 mod log;
+mod merge;
 mod plan;
 mod queue;
 mod register;

@@ -41,6 +41,11 @@ impl View {
         Self { layers: folders }
     }
 
+    /// The roots, top first.
+    pub(super) fn into_parts(self) -> Vec<PathBuf> {
+        self.layers
+    }
+
     /// What is at `path`, from the root, with or without a leading slash.
     pub(super) fn find(&self, path: &Path) -> io::Result<Found> {
         let mut parts = self.layers.clone();
