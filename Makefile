@@ -5,7 +5,7 @@ SHELL := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin
 STILLBOX := target/release/stillbox
 
-.PHONY: help run demo setup setup-test criu build test check bench vm-test container-test dist clean
+.PHONY: help run demo setup setup-test criu build test test-dialects check bench vm-test container-test dist clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,9 @@ build: setup criu ## target/release/stillbox, one file
 
 test: setup-test build ## everything but the emulated machine: rules, wire, kernel, SDKs
 	@scripts/test.sh
+
+test-dialects: setup-test build ## every version of Novita's SDKs, Python and JavaScript
+	@tests/sdk/run --dialects
 
 vm-test: setup-test build ## the same binary on Debian's 6.1 kernel with cgroup v2, in an emulated machine
 	@$(STILLBOX) template export base target/vm/base.tar.zst --data-dir $(CURDIR)/target/vm/data

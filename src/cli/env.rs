@@ -11,6 +11,10 @@ use std::process::ExitCode;
 enum Sdk {
     /// Python `e2b`, JS `e2b`, the code interpreters and E2B's CLI.
     E2b,
+    /// Python and JS `novita-sandbox`, 1.x and 2.x.
+    Novita,
+    /// Python `hopx-ai` and JS `@hopx-ai/sdk`.
+    Hopx,
 }
 
 #[derive(Debug, Args)]
@@ -21,37 +25,60 @@ pub(super) struct EnvArguments {
 }
 
 pub(super) fn run(config: &Config, arguments: &EnvArguments) -> Outcome {
-    let Sdk::E2b = arguments.sdk;
-    for (name, value) in e2b(config)? {
+    let assignments = match arguments.sdk {
+        Sdk::E2b => e2b(config)?,
+        Sdk::Novita => novita(config)?,
+        Sdk::Hopx => hopx(config)?,
+    };
+    for (name, value) in assignments.into_iter().chain(trust(config)) {
         println!("export {name}={}", quoted(&value));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// What E2B's SDKs read (contract/e2b.md 1.1), and where TLS libraries look for CAs: a bundle of the system's and ours.
-fn e2b(config: &Config) -> Result<Vec<(&'static str, String)>, ClientError> {
+type Assignment = (&'static str, String);
+
+fn key(config: &Config) -> Result<String, ClientError> {
     let key_file = config.data_dir.join("api_key");
-    let key = match &config.api_key {
-        Some(key) => key.0.clone(),
-        None => std::fs::read_to_string(&key_file).map_err(|source| ClientError::NoKey { path: key_file, source })?.trim().to_owned(),
-    };
-    let is_e2b_form =
-        key.strip_prefix("e2b_").is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+    match &config.api_key {
+        Some(key) => Ok(key.0.clone()),
+        None => Ok(std::fs::read_to_string(&key_file).map_err(|source| ClientError::NoKey { path: key_file, source })?.trim().to_owned()),
+    }
+}
+
+/// Where TLS libraries look for CAs: Python's ssl and httpx, requests, curl and git take a bundle of the system's and
+/// ours; Node adds the one CA to its own.
+fn trust(config: &Config) -> [Assignment; 5] {
     let bundle = config.data_dir.join("tls/bundle.pem").display().to_string();
     let ca = config.data_dir.join("tls/ca.pem").display().to_string();
-    let base = base_url(config);
-    let mut assignments = vec![
-        ("E2B_API_KEY", key),
-        ("E2B_DOMAIN", config.domain.clone()),
-        ("E2B_API_URL", base.clone()),
-        ("E2B_SANDBOX_URL", base),
-        // Python's ssl and httpx, requests, curl and git; Node adds the one CA to its own.
+    [
         ("SSL_CERT_FILE", bundle.clone()),
         ("REQUESTS_CA_BUNDLE", bundle.clone()),
         ("CURL_CA_BUNDLE", bundle.clone()),
         ("GIT_SSL_CAINFO", bundle),
         ("NODE_EXTRA_CA_CERTS", ca),
-    ];
+    ]
+}
+
+/// What Novita's SDKs read (contract/novita.md A1). Only 2.x knows a URL for the API; everything else, and all of 1.x, goes
+/// by the domain, over HTTPS. A URL for sandboxes would leave ports and the code interpreter out.
+fn novita(config: &Config) -> Result<Vec<Assignment>, ClientError> {
+    Ok(vec![("NOVITA_API_KEY", key(config)?), ("NOVITA_DOMAIN", config.domain.clone()), ("NOVITA_API_URL", base_url(config))])
+}
+
+/// What HopX's SDKs read; they append `/v1` themselves.
+fn hopx(config: &Config) -> Result<Vec<Assignment>, ClientError> {
+    Ok(vec![("HOPX_API_KEY", key(config)?), ("HOPX_BASE_URL", base_url(config))])
+}
+
+/// What E2B's SDKs read (contract/e2b.md 1.1).
+fn e2b(config: &Config) -> Result<Vec<Assignment>, ClientError> {
+    let key = key(config)?;
+    let is_e2b_form =
+        key.strip_prefix("e2b_").is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+    let base = base_url(config);
+    let mut assignments =
+        vec![("E2B_API_KEY", key), ("E2B_DOMAIN", config.domain.clone()), ("E2B_API_URL", base.clone()), ("E2B_SANDBOX_URL", base)];
     if !is_e2b_form {
         assignments.push(("E2B_VALIDATE_API_KEY", "false".to_owned()));
     }

@@ -12,8 +12,8 @@ mod state;
 pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SnapshotId, TemplateId};
 pub use network::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, ParseTargetError, PublicTraffic};
 pub use record::{
-    BuildFailure, BuildRecord, BuildSource, BuildState, DumpKey, EndReason, Fit, KernelRef, LogEntry, LogLevel, MetricPoint, ProcessRef,
-    SandboxRecord, SnapshotRecord, TemplateRecord,
+    BuildFailure, BuildRecord, BuildSource, BuildState, DumpKey, EndReason, EventKind, EventRecord, Fit, KernelRef, LogEntry, LogLevel,
+    MetricPoint, ProcessRef, SandboxRecord, SnapshotRecord, TemplateRecord,
 };
 pub use size::{ByteSize, ParseSizeError};
 pub use spec::{AutoResume, Keep, Lifecycle, OnTimeout, Resources, SandboxSpec, Secure};

@@ -280,6 +280,71 @@ pub struct MetricPoint {
     pub disk_total: ByteSize,
 }
 
+/// What was done with a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum EventKind {
+    /// It was created, or not.
+    Create,
+    /// It was paused, or runs on.
+    Pause,
+    /// It was resumed, or stays paused.
+    Resume,
+    /// A client connected to it while it ran.
+    Connect,
+    /// Its end was moved.
+    Timeout,
+    /// It was copied.
+    Fork,
+    /// It was stored as a template.
+    Snapshot,
+    /// It ended.
+    Kill,
+}
+
+impl EventKind {
+    /// All of them.
+    pub const ALL: [Self; 8] =
+        [Self::Create, Self::Pause, Self::Resume, Self::Connect, Self::Timeout, Self::Fork, Self::Snapshot, Self::Kill];
+
+    /// The word in rows.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Create => "create",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Connect => "connect",
+            Self::Timeout => "timeout",
+            Self::Fork => "fork",
+            Self::Snapshot => "snapshot",
+            Self::Kill => "kill",
+        }
+    }
+
+    /// The kind with this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word)
+    }
+}
+
+/// One thing that was done with a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRecord {
+    /// Counts up; 0 before it is stored.
+    pub id: u64,
+    /// Done at.
+    pub at: OffsetDateTime,
+    /// With which.
+    pub sandbox: SandboxId,
+    /// Made from this.
+    pub template: TemplateId,
+    /// The template's name, as the sandbox shows it.
+    pub template_name: Option<String>,
+    /// What.
+    pub kind: EventKind,
+    /// Why it failed, or why the sandbox ended; `None` = as asked.
+    pub error: Option<String>,
+}
+
 /// How loud a log line is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -24,7 +24,7 @@ use super::queue::{Answer, Denied, Ended, Phase, Queue, Step, Ticket, Verb};
 use super::resume::{ConnectError, Connected, ResumeAsk, ResumeFailure};
 use super::start::Origin;
 use super::timeout::{NewEnd, TimeoutError};
-use crate::model::{EndReason, Keep, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxState};
+use crate::model::{EndReason, EventKind, Keep, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxState};
 use crate::runtime::{Exit, RuntimeError};
 use crate::store::sandboxes;
 use std::collections::BTreeMap;
@@ -169,6 +169,7 @@ impl Driver {
             if let Some(ticket) = self.queue.current() {
                 self.wait_for(ticket, Waiter::Create(reply));
                 let started = self.start(origin, place).await;
+                self.event(EventKind::Create, &started);
                 self.queue.ended(if started.is_ok() { Ended::Done } else { Ended::Failed });
                 self.settle_create(ticket, started);
             }
@@ -349,6 +350,7 @@ impl Driver {
             Request::Kill { reason, reply } => self.accept_kill(reason, Some(reply)).await,
             Request::SetEnd { end, reply } => {
                 let result = self.set_end(end).await;
+                self.event(EventKind::Timeout, &result);
                 let _caller_may_be_gone = reply.send(result);
             }
             Request::Adjust { adjust, reply } => drop(reply.send(self.adjust(adjust).await)),
@@ -421,6 +423,7 @@ impl Driver {
         match waiter {
             Waiter::Resume(ask, reply) => {
                 let extended = self.set_end(NewEnd::AtLeast(ask.timeout)).await;
+                self.event(EventKind::Connect, &extended);
                 let answer = match extended {
                     Ok(record) => Ok(Connected::WasRunning(Box::new(record))),
                     Err(TimeoutError::Store(error)) => Err(ConnectError::Store(error)),
@@ -469,6 +472,8 @@ impl Driver {
         if result.is_err() && self.record.state == SandboxState::Running && self.reason_to_end(now).is_some() {
             self.core.timers.set(self.id, now + AUTO_PAUSE_RETRY);
         }
+        let told = result.as_ref().map(|()| ()).map_err(|failure| failure.error(self.id));
+        self.event(EventKind::Pause, &told);
         let record = self.record.clone();
         self.settle(ticket, |waiter| match waiter {
             Waiter::Pause(reply) => {
@@ -480,6 +485,8 @@ impl Driver {
     }
 
     async fn settle_resume(&mut self, ticket: Ticket, result: &Result<(), ResumeFailure>) {
+        let told = result.as_ref().map(|()| ()).map_err(|failure| failure.error(self.id));
+        self.event(EventKind::Resume, &told);
         let waiters = self.waiters.remove(&ticket).unwrap_or_default();
         let longest = waiters.iter().filter_map(|waiter| if let Waiter::Resume(ask, _) = waiter { Some(ask.timeout) } else { None }).max();
         if let (Ok(()), Some(longest)) = (result, longest) {

@@ -3,7 +3,8 @@
 use super::driver::Driver;
 use super::dump_folder::DumpFolder;
 use super::error::chain;
-use crate::model::{EndReason, LogEntry, LogLevel, SandboxState};
+use super::events;
+use crate::model::{EndReason, EventKind, LogEntry, LogLevel, SandboxState};
 use crate::store::{sandboxes, snapshots};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -33,6 +34,7 @@ impl Driver {
         self.write_row_or_log().await;
         self.publish();
         self.log_end(&reason);
+        events::keep(&self.core, &self.record, EventKind::Kill, events::why(&reason));
     }
 
     async fn write_row_or_log(&self) {

@@ -8,6 +8,7 @@ use super::create::{self, CreateError};
 use super::disk_use::{self, DiskUse};
 use super::driver::{Request, answered};
 use super::error::{StoreFailure, UnknownSandbox};
+use super::events::{self, EventPage, EventQuery};
 use super::fork::{self, Copies, Fork, ForkError};
 use super::list::{self, ListError, ListPage, ListQuery};
 use super::logs::{self, LogQuery, MetricsError};
@@ -25,8 +26,8 @@ use super::tokens::{InstallKey, TokenKind};
 use super::workshop::{Workshop, WorkshopError, WorkshopRequest};
 use super::{housekeeping, timers};
 use crate::model::{
-    BuildId, BuildRecord, ByteSize, EndReason, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord,
-    SandboxSpec, SandboxState,
+    BuildId, BuildRecord, ByteSize, EndReason, EventKind, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId,
+    SandboxRecord, SandboxSpec, SandboxState,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
@@ -199,19 +200,25 @@ impl Registry {
     /// Copies it: the source goes on as it was, running or paused. One entry per copy asked for; with
     /// [`super::Strictness::AllOrNone`] the first failure removes the other copies and is the answer.
     pub async fn fork(&self, id: SandboxId, fork: Fork) -> Result<Copies, ForkError> {
-        fork::fork(&self.core, id, fork).await
+        let result = fork::fork(&self.core, id, fork).await;
+        self.event(id, EventKind::Fork, &result);
+        result
     }
 
     /// As [`Registry::fork`], and what the copies came from is stored as a template, which is told unless there is no copy
     /// or the source was paused without its memory.
     pub async fn fork_and_store(&self, id: SandboxId, fork: Fork) -> Result<(Copies, Option<SnapshotInfo>), ForkError> {
-        fork::fork_and_store(&self.core, id, fork).await
+        let result = fork::fork_and_store(&self.core, id, fork).await;
+        self.event(id, EventKind::Fork, &result);
+        result
     }
 
     /// Stores a copy of a running sandbox as a template of its own; the source goes on. A name that exists gets a new
     /// build. `name` was checked by the caller: `name` or `name:tag`, in lower case.
     pub async fn snapshot(&self, id: SandboxId, name: Option<&str>) -> Result<SnapshotInfo, ForkError> {
-        snapshot::snapshot(&self.core, id, name.map(ToOwned::to_owned)).await
+        let result = snapshot::snapshot(&self.core, id, name.map(ToOwned::to_owned)).await;
+        self.event(id, EventKind::Snapshot, &result);
+        result
     }
 
     /// One page of stored snapshots, newest first.
@@ -251,6 +258,11 @@ impl Registry {
     /// The newest sample of each; unknown ids are absent.
     pub async fn latest_metrics(&self, ids: &[SandboxId]) -> Result<BTreeMap<SandboxId, MetricPoint>, StoreFailure> {
         Ok(self.core.store.latest_metrics(ids.to_vec()).await?)
+    }
+
+    /// What was done with sandboxes, those included that are gone.
+    pub async fn events(&self, query: EventQuery) -> Result<EventPage, StoreFailure> {
+        events::query(&self.core, query).await
     }
 
     /// Its log lines; also of killed ones while their history is kept.
@@ -299,6 +311,12 @@ impl Registry {
             }
         }
         self.core.take_tasks().shutdown().await;
+    }
+
+    fn event<T, E: std::fmt::Display>(&self, id: SandboxId, kind: EventKind, result: &Result<T, E>) {
+        if let Ok(record) = self.get(id) {
+            events::keep(&self.core, &record, kind, result.as_ref().err().map(ToString::to_string));
+        }
     }
 
     /// Sends a request to the driver of a live sandbox and awaits its answer.

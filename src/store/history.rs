@@ -19,12 +19,14 @@ pub struct HistoryLimits {
     pub logs_per_scope_max: u32,
     /// Log lines in all.
     pub logs_max: u32,
+    /// Events in all.
+    pub events_max: u32,
 }
 
 impl Default for HistoryLimits {
     /// A day of samples every 2 s for one sandbox; about 200 MB in all.
     fn default() -> Self {
-        Self { metrics_per_sandbox_max: 43_200, metrics_max: 1_000_000, logs_per_scope_max: 10_000, logs_max: 400_000 }
+        Self { metrics_per_sandbox_max: 43_200, metrics_max: 1_000_000, logs_per_scope_max: 10_000, logs_max: 400_000, events_max: 200_000 }
     }
 }
 
@@ -114,7 +116,7 @@ impl Store {
     }
 
     /// A read that sees every write asked for before it.
-    async fn after_writes<T, F>(&self, question: F) -> Result<T, StoreError>
+    pub(super) async fn after_writes<T, F>(&self, question: F) -> Result<T, StoreError>
     where
         T: Send + 'static,
         F: FnOnce(&Db<'_>) -> Result<T, StoreError> + Send + 'static,
@@ -291,7 +293,13 @@ mod tests {
 
     #[tokio::test]
     async fn samples_and_lines_beyond_a_bound_drop_the_oldest() {
-        let limits = HistoryLimits { metrics_per_sandbox_max: 10, metrics_max: 1000, logs_per_scope_max: 10, logs_max: 1000 };
+        let limits = HistoryLimits {
+            metrics_per_sandbox_max: 10,
+            metrics_max: 1000,
+            logs_per_scope_max: 10,
+            logs_max: 1000,
+            ..HistoryLimits::default()
+        };
         let (_dir, store) = open(limits);
         let id = SandboxId::random();
         for seconds in 0..640 {

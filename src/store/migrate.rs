@@ -9,7 +9,7 @@ use std::sync::Arc;
 pub(super) const TRUTH: &[&str] =
     &[include_str!("truth/0001_first.sql"), include_str!("truth/0002_lists_from_the_index.sql"), include_str!("truth/0003_builds.sql")];
 /// Of `history.db`. `history/schema.sql` is where they lead.
-pub(super) const HISTORY: &[&str] = &[include_str!("history/0001_first.sql")];
+pub(super) const HISTORY: &[&str] = &[include_str!("history/0001_first.sql"), include_str!("history/0002_events.sql")];
 
 /// Applies what is missing, each migration in a transaction of its own.
 pub(super) fn to_newest(connection: &mut Connection, file: &Path, migrations: &[&str]) -> Result<(), StoreError> {

@@ -12,6 +12,7 @@
 
 pub mod builds;
 mod database;
+pub mod events;
 pub mod history;
 pub mod idempotency;
 pub mod install;

@@ -1,12 +1,15 @@
 //! What concerns all sandboxes together: the quota and how much of it is used, events, templates in pages.
 
 use super::super::ApiState;
-use super::super::e2b::ask::Query;
+use super::super::e2b::ask::{Query, Unit, sandbox_id};
 use super::super::e2b::{templates as e2b_templates, wire as e2b};
 use super::super::error::ApiError;
 use super::wire;
+use crate::model::{EventKind, EventRecord};
+use crate::sandbox::{EventQuery, ListOrder};
 use axum::Json;
 use axum::extract::State;
+use time::{Duration, OffsetDateTime};
 
 const PAGE_MAX: u32 = 100;
 
@@ -53,4 +56,91 @@ pub(super) async fn quota(State(state): State<ApiState>) -> Result<Json<wire::Qu
             concurrent_ram_mb: taken.memory.whole_mib(),
         },
     }))
+}
+
+/// What is asked for when no start is named.
+const EVENTS_PERIOD: Duration = Duration::days(30);
+const EVENTS: u32 = 100;
+const EVENTS_MAX: u32 = 1000;
+
+/// `GET /sandboxes/events`: of every client's calls and of what happened by itself, the newest first.
+pub(super) async fn events(State(state): State<ApiState>, query: Query) -> Result<Json<wire::Events>, ApiError> {
+    let query = parse_events(&query)?;
+    let seen = query.offset;
+    let page = state.registry.events(query).await?;
+    let has_more = page.total > seen.saturating_add(u64::try_from(page.events.len()).unwrap_or(u64::MAX));
+    Ok(Json(wire::Events { items: page.events.into_iter().map(event).collect(), total: page.total, has_more }))
+}
+
+fn parse_events(query: &Query) -> Result<EventQuery, ApiError> {
+    let end = query.moment("endTime", Unit::Seconds)?.unwrap_or_else(OffsetDateTime::now_utc).saturating_add(Duration::seconds(1));
+    let start = query.moment("startTime", Unit::Seconds)?.unwrap_or_else(|| end.saturating_sub(EVENTS_PERIOD));
+    let number = |name: &str| {
+        let wrong = |text: &str| ApiError::bad_request(format!("{name} is '{text}'; it must be a number from 0 on"));
+        query.get(name).map(|text| text.parse::<u64>().map_err(|_| wrong(text))).transpose()
+    };
+    let is_ascending = query.get("orderAsc").is_some_and(|text| text.eq_ignore_ascii_case("true") || text == "1");
+    Ok(EventQuery {
+        start,
+        end,
+        sandbox: query.get("sandboxID").map(sandbox_id).transpose()?,
+        template: query.get("templateID").map(template_id).transpose()?,
+        kinds: query.listed("events").map(kind).collect::<Result<_, _>>()?,
+        failed: query.get("state").map(failed).transpose()?,
+        order: if is_ascending { ListOrder::Ascending } else { ListOrder::Descending },
+        offset: number("offset")?.unwrap_or(0),
+        limit: number("limit")?.map_or(EVENTS, |limit| u32::try_from(limit).unwrap_or(u32::MAX).clamp(1, EVENTS_MAX)),
+    })
+}
+
+fn template_id(text: &str) -> Result<crate::model::TemplateId, ApiError> {
+    text.parse().map_err(|error: crate::model::ParseIdError| ApiError::bad_request(error.to_string()))
+}
+
+const SUCCESS: &str = "success";
+const FAILED: &str = "failed";
+
+fn failed(word: &str) -> Result<bool, ApiError> {
+    match word {
+        SUCCESS => Ok(false),
+        FAILED | "failure" | "error" => Ok(true),
+        other => Err(ApiError::bad_request(format!("state is '{other}'; it must be '{SUCCESS}' or '{FAILED}'"))),
+    }
+}
+
+/// Novita's words for what was done, and the status that such a call answers.
+const KINDS: [(&str, EventKind, u16); 8] = [
+    ("create", EventKind::Create, 201),
+    ("pause", EventKind::Pause, 204),
+    ("resume", EventKind::Resume, 201),
+    ("connect", EventKind::Connect, 200),
+    ("timeout", EventKind::Timeout, 204),
+    ("clone", EventKind::Fork, 201),
+    ("snapshot", EventKind::Snapshot, 201),
+    ("delete", EventKind::Kill, 204),
+];
+
+fn kind(word: &str) -> Result<EventKind, ApiError> {
+    let known = KINDS.iter().find(|(name, ..)| *name == word).map(|(_, kind, _)| *kind);
+    known.ok_or_else(|| {
+        let names = KINDS.map(|(name, ..)| name).join(", ");
+        ApiError::bad_request(format!("events names '{word}'; there are {names}"))
+    })
+}
+
+fn event(event: EventRecord) -> wire::Event {
+    let (name, status) = KINDS.iter().find(|(_, kind, _)| *kind == event.kind).map_or(("", 0), |(name, _, status)| (*name, *status));
+    // An end has a reason and is none the less an end.
+    let has_failed = event.error.is_some() && event.kind != EventKind::Kill;
+    wire::Event {
+        event_id: format!("evt_{}", event.id),
+        record_at: event.at.unix_timestamp(),
+        template_id: event.template.to_string(),
+        template_name: event.template_name.unwrap_or_default(),
+        sandbox_id: event.sandbox.to_string(),
+        event_name: name,
+        state: if has_failed { FAILED } else { SUCCESS },
+        error_msg: event.error.unwrap_or_default(),
+        status_code: if has_failed { 500 } else { status },
+    }
 }

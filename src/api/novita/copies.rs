@@ -77,5 +77,8 @@ pub(super) async fn commit(
 ) -> Result<(StatusCode, Json<Template>), ApiError> {
     let name = asked.alias.as_deref().filter(|alias| !alias.is_empty()).map(snapshot_name).transpose()?;
     let stored = state.registry.snapshot(id, name.as_deref()).await?;
-    Ok((StatusCode::CREATED, Json(templates::one(&state, stored.template).await?)))
+    let template = templates::one(&state, stored.template).await?;
+    // The beta clients take no null for the time of the last start.
+    let last_spawned_at = template.last_spawned_at.or(Some(template.created_at));
+    Ok((StatusCode::CREATED, Json(Template { last_spawned_at, ..template })))
 }

@@ -42,21 +42,30 @@ pub(super) fn over(state: &ApiState, rest: Router) -> Router {
         .route("/sandboxes/{id}/pause", post(lifecycle::pause))
         .route("/sandboxes/{id}/metrics", get(observe::metrics))
         .route("/v2/templates", get(account::templates))
+        // Otherwise `{id}` above would take them.
+        .merge(account())
         .route_layer(from_fn_with_state(state.clone(), require_key));
     different
-        .method_not_allowed_fallback(move |request: Request| instead.clone().oneshot(request))
+        .method_not_allowed_fallback(move |mut request: Request| {
+            // The parameters of the path that did not take it would be counted with those of the one that does.
+            request.extensions_mut().clear();
+            instead.clone().oneshot(request)
+        })
         .with_state(state.clone())
         .fallback_service(rest)
 }
 
 /// What E2B does not have.
 pub(super) fn own(state: &ApiState) -> Router<ApiState> {
-    Router::new()
-        .route("/sandboxes/quota", get(account::quota))
+    account()
         .route("/sandboxes/{id}/clone", post(copies::clone))
         .route("/sandboxes/{id}/commit", post(copies::commit))
         .route("/sandboxes/{id}/reset", post(lifecycle::reset))
         .route("/sandboxes/{id}/hotplug-memory", post(unserved::hotplug_memory))
         .route("/sandboxes/{id}/volume-mounts", any(unserved::volume_mounts))
         .route_layer(from_fn_with_state(state.clone(), require_key))
+}
+
+fn account() -> Router<ApiState> {
+    Router::new().route("/sandboxes/quota", get(account::quota)).route("/sandboxes/events", get(account::events))
 }

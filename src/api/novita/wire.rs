@@ -142,3 +142,34 @@ pub(super) struct QuotaUsage {
     pub(super) concurrent_vcpu: u64,
     pub(super) concurrent_ram_mb: u64,
 }
+
+/// `GET /sandboxes/events`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Events {
+    pub(super) items: Vec<Event>,
+    pub(super) total: u64,
+    pub(super) has_more: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Event {
+    #[serde(rename = "eventID")]
+    pub(super) event_id: String,
+    /// Unix seconds.
+    #[serde(rename = "recordAt")]
+    pub(super) record_at: i64,
+    #[serde(rename = "templateID")]
+    pub(super) template_id: String,
+    #[serde(rename = "templateName")]
+    pub(super) template_name: String,
+    #[serde(rename = "sandboxID")]
+    pub(super) sandbox_id: String,
+    #[serde(rename = "eventName")]
+    pub(super) event_name: &'static str,
+    pub(super) state: &'static str,
+    #[serde(rename = "errorMsg")]
+    pub(super) error_msg: String,
+    #[serde(rename = "statusCode")]
+    pub(super) status_code: u16,
+}

@@ -7,7 +7,7 @@ import pytest
 from server import Server
 
 # Short, so that the tests of history and of waking need no long waits.
-SETTINGS = {"sandbox.running_max": "40"}
+SETTINGS = {"sandbox.running_max": "40", "novita.idle_timeout_min": "1 s", "novita.run_max": "600 s"}
 
 _real_getaddrinfo = socket.getaddrinfo
 
@@ -25,6 +25,7 @@ socket.getaddrinfo = _resolve_localhost
 
 def pytest_addoption(parser):
     parser.addoption("--js", default=None, help="folder with node_modules/e2b")
+    parser.addoption("--novita-js", action="append", default=[], help="folder with node_modules/novita-sandbox")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +33,7 @@ def server():
     server = Server(**SETTINGS)
     server.start()
     os.environ.update(server.environment())
+    os.environ.update(server.environment("novita"))
     yield server
     server.remove()
     if server.process.returncode not in (0, None):

@@ -102,9 +102,9 @@ class Server:
             raise RuntimeError(f"stillbox {' '.join(arguments)} ended with {result.returncode}: {result.stderr}")
         return result
 
-    def environment(self):
-        """What `stillbox env` prints, as a dict."""
-        lines = self.cli("env").stdout.splitlines()
+    def environment(self, sdk="e2b"):
+        """What `stillbox env` prints for an SDK, as a dict."""
+        lines = self.cli("env", "--sdk", sdk).stdout.splitlines()
         pairs = [shlex.split(line.removeprefix("export "))[0].split("=", 1) for line in lines]
         return dict(pairs)
 
