@@ -65,6 +65,8 @@ pub struct RuntimeConfig {
     pub inotify_instances_max: u32,
     /// Pseudo-terminals per sandbox: one sandbox took 3071 of the host's 4096 where nothing said so.
     pub ptys_max: u32,
+    /// Root file systems kept ready for the next creates from a dump; each is a mounted copy of a template's disk.
+    pub pool_roots: u32,
     /// A dump with this much memory or more is restored lazily: the sandbox answers within 60 ms and the rest of its
     /// memory follows; until then it cannot be paused again. Smaller ones are read at once, 0.45 s per GiB.
     pub lazy_restore_min: ByteSize,
@@ -87,6 +89,7 @@ impl RuntimeConfig {
             mounts: SandboxMounts::User,
             inotify_instances_max: 128,
             ptys_max: 64,
+            pool_roots: 8,
             lazy_restore_min: ByteSize::mib(512),
             criu: None,
             network: NetworkConfig::default(),

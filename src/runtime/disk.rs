@@ -114,9 +114,9 @@ impl Disks {
         match (self.kind, source) {
             (_, DiskSource::Own) => Ok(()),
             (DiskKind::Image, DiskSource::Fresh) => copy_image(&self.empty_image(size)?, &folder.disk_image()),
-            (DiskKind::Image, DiskSource::CopyOf(image)) => copy_image(image, &folder.disk_image()),
+            (DiskKind::Image, DiskSource::CopyOf(image) | DiskSource::PooledCopyOf(image)) => copy_image(image, &folder.disk_image()),
             (DiskKind::Folder, DiskSource::Fresh) => make_disk_folder(&folder.disk_folder()),
-            (DiskKind::Folder, DiskSource::CopyOf(_)) => Err(DiskError::NoCopies),
+            (DiskKind::Folder, DiskSource::CopyOf(_) | DiskSource::PooledCopyOf(_)) => Err(DiskError::NoCopies),
         }
     }
 

@@ -15,6 +15,7 @@ mod live;
 mod open;
 mod orphans;
 mod release;
+mod roots;
 mod start;
 
 pub use open::OpenError;
@@ -30,6 +31,7 @@ use super::uids::UidPool;
 use super::{DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use live::Live;
+use roots::Roots;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,6 +49,8 @@ struct Shared {
     cgroups: Cgroups,
     uids: UidPool,
     network: Network,
+    /// Made before they are wanted.
+    roots: Roots,
     /// SHA-256 of this build's agent.
     agent: String,
     /// `None` where there is none: nothing can be dumped then.
@@ -186,6 +190,10 @@ impl Runtime for Kernel {
         }
     }
 
+    fn expect(&self, request: &StartRequest) {
+        self.expect_root(request);
+    }
+
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError> {
         let slot = self.live(id)?.kernel.slot;
         self.0.network.set_policy(slot, policy).await.map_err(|error| network_error(id, error))
@@ -196,6 +204,7 @@ impl Runtime for Kernel {
     }
 
     async fn close(&self) {
+        self.empty_roots().await;
         self.0.network.close().await;
         self.blocking(|shared| shared.cgroups.close()).await;
     }

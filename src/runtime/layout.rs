@@ -40,13 +40,23 @@ impl Layout {
         self.data_dir.join("sandboxes")
     }
 
+    /// The folder of root file systems that are made before they are anybody's.
+    pub fn roots(&self) -> SandboxFolder {
+        SandboxFolder::at(self.data_dir.join("roots"))
+    }
+
+    /// One of them.
+    pub fn root(&self, name: &str) -> SandboxFolder {
+        SandboxFolder::at(self.data_dir.join("roots").join(name))
+    }
+
     /// One sandbox's folder.
     pub fn sandbox(&self, id: SandboxId) -> SandboxFolder {
         SandboxFolder { path: self.sandboxes().join(id.as_str()) }
     }
 }
 
-/// `sandboxes/<id>`.
+/// `sandboxes/<id>`, or, before it is anybody's, `roots/<name>`.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct SandboxFolder {
@@ -54,6 +64,11 @@ pub struct SandboxFolder {
 }
 
 impl SandboxFolder {
+    /// The one at this path.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path

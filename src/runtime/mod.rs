@@ -33,8 +33,10 @@ pub enum DiskSource {
     Fresh,
     /// The disk that this sandbox already has (`sandboxes/<id>/disk.img`): resume, cold boot.
     Own,
-    /// A copy of this disk image, which nobody has mounted writable: create from a dump, fork.
+    /// A copy of this disk image, which nobody has mounted writable: fork, the first restore of a dump.
     CopyOf(PathBuf),
+    /// The same, of a dump that many creates restore: copies are made ahead, and one of those is taken if there is one.
+    PooledCopyOf(PathBuf),
 }
 
 /// How pid 1 comes to be.
@@ -263,6 +265,9 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
     async fn filled(&self, _id: SandboxId) -> Result<(), RuntimeError> {
         Ok(())
     }
+
+    /// Tells that starts like this one are to be expected; what can be made ahead of them is made from now on.
+    fn expect(&self, _request: &StartRequest) {}
 
     /// Replaces the egress rules of its slot; new connections see them at once.
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError>;

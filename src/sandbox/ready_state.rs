@@ -121,11 +121,16 @@ pub(super) async fn ensure(core: &Arc<Core>, id: BuildId) -> Result<(), ReadySta
         Ok(build.map(|build| (build, dump)))
     });
     let Some((build, dump)) = rows.await.map_err(|error| failed(Arc::new(error)))? else { return Ok(()) };
-    let fits = dump.is_some_and(|dump| dump.key.fit(&core.runtime.dump_key()) == Fit::Same);
-    if fits || core.config.create_by == CreateBy::ColdStart || build.state != BuildState::Ready || build.source != BuildSource::Recipe {
+    if core.config.create_by == CreateBy::ColdStart || build.state != BuildState::Ready || build.source != BuildSource::Recipe {
         return Ok(());
     }
-    make(core, build, &mut Nobody).await
+    match dump.filter(|dump| dump.key.fit(&core.runtime.dump_key()) == Fit::Same) {
+        Some(dump) => {
+            expect_creates(core, &build, dump.id);
+            Ok(())
+        }
+        None => make(core, build, &mut Nobody).await,
+    }
 }
 
 /// For a build that is not ready yet: its commands, told to the witness, and the dump where creates are restores.
@@ -166,9 +171,18 @@ async fn make(core: &Arc<Core>, build: BuildRecord, witness: &mut dyn Witness) -
     remove(core, id).await;
     core.ready_states.end(build.id, &made);
     let snapshot = made.map_err(|failed| failed.of(build.id))?;
+    expect_creates(core, &build, snapshot);
     let took_ms = begun.elapsed().as_millis();
     tracing::info!(build = %build.id, %snapshot, took_ms, "Creates from build {} restore a dump from now on", build.id);
     Ok(())
+}
+
+/// What a restore of the dump needs can be made from now on, before the first create asks.
+fn expect_creates(core: &Core, build: &BuildRecord, dump: SnapshotId) {
+    let (folder, key) = (DumpFolder::of(core, dump), core.runtime.dump_key());
+    let from = StartFrom::Dump { images: folder.images(), criu: key.criu, agent: key.agent };
+    let disk = DiskSource::PooledCopyOf(folder.disk());
+    core.runtime.expect(&StartRequest { disk, from, ..start_request(SandboxId::random(), build, String::new()) });
 }
 
 /// Starts a sandbox and leads it to the ready state; the secret that its agent wants next.

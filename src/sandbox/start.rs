@@ -122,7 +122,7 @@ impl Prepared {
 
     /// A new sandbox from the dump of a build.
     pub(super) fn from_build_dump(core: &Core, record: &SandboxRecord, build: &BuildRecord, dump: &SnapshotRecord) -> Self {
-        let disk = DiskSource::CopyOf(DumpFolder::of(core, dump.id).disk());
+        let disk = DiskSource::PooledCopyOf(DumpFolder::of(core, dump.id).disk());
         Self::from_dump(core, record, build, disk, dump)
     }
 

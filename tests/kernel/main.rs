@@ -12,4 +12,6 @@ mod machine;
 #[cfg(test)]
 mod network;
 #[cfg(test)]
+mod roots;
+#[cfg(test)]
 mod sandbox;

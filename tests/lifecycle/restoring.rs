@@ -16,7 +16,7 @@ async fn world() -> World {
 
 fn was_restored(world: &World, id: SandboxId) -> bool {
     let request = world.fake.start_request(id).expect("it runs");
-    matches!((request.from, request.disk), (StartFrom::Dump { .. }, DiskSource::CopyOf(_)))
+    matches!((request.from, request.disk), (StartFrom::Dump { .. }, DiskSource::PooledCopyOf(_)))
 }
 
 async fn wait_for_dump(world: &World) {

@@ -217,7 +217,7 @@ impl Fake {
         match source {
             DiskSource::Fresh => std::fs::write(disk, b""),
             DiskSource::Own => disk.metadata().map(drop),
-            DiskSource::CopyOf(from) => std::fs::copy(from, disk).map(drop),
+            DiskSource::CopyOf(from) | DiskSource::PooledCopyOf(from) => std::fs::copy(from, disk).map(drop),
         }
     }
 }

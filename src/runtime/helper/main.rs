@@ -3,6 +3,7 @@
 use super::container::ColdStart;
 use super::criu::lazy::{self, LazyPages};
 use super::dump::Dump;
+use super::prepare::Prepare;
 use super::restore::Restore;
 use super::{AtWork, HelperStep, Operation};
 use std::ffi::OsString;
@@ -17,6 +18,7 @@ pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
         ColdStart::VERB => serve::<ColdStart>(),
         Restore::VERB => serve::<Restore>(),
         Dump::VERB => serve::<Dump>(),
+        Prepare::VERB => serve::<Prepare>(),
         "lazy-pages" => match LazyPages::from_arguments(arguments) {
             Some(lazy) => return lazy::serve(&lazy),
             None => Err(io::Error::other("lazy-pages wants the CRIU and the work folder")),

@@ -9,6 +9,7 @@ pub(crate) mod container;
 pub(crate) mod criu;
 pub(crate) mod dump;
 pub mod main;
+pub(crate) mod prepare;
 pub(crate) mod restore;
 
 use super::layout::SandboxFolder;

@@ -17,8 +17,8 @@ use std::time::Duration;
 pub(crate) struct Restore {
     /// Whose it becomes.
     pub(crate) id: SandboxId,
-    /// The root to mount first; its disk is a copy of the one at the time of the dump.
-    pub(crate) root: RootPlan,
+    /// Its root; the disk is a copy of the one at the time of the dump, or that one itself.
+    pub(crate) root: Root,
     /// The cgroup's folders, made and limited; this process moves into them.
     pub(crate) cgroup_folders: Vec<PathBuf>,
     /// The way out.
@@ -35,27 +35,61 @@ pub(crate) struct Restore {
     pub(crate) deadline: Duration,
 }
 
+/// The root file system of a restore.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Root {
+    /// To be mounted first.
+    ToMount(RootPlan),
+    /// Made ahead.
+    Mounted {
+        /// Where.
+        folder: SandboxFolder,
+        /// First host id of the range that it is mapped to.
+        uid_base: u32,
+    },
+}
+
+impl Root {
+    fn folder(&self) -> &SandboxFolder {
+        match self {
+            Self::ToMount(plan) => &plan.folder,
+            Self::Mounted { folder, .. } => folder,
+        }
+    }
+
+    fn uid_base(&self) -> u32 {
+        match self {
+            Self::ToMount(plan) => plan.uid_base,
+            Self::Mounted { uid_base, .. } => *uid_base,
+        }
+    }
+}
+
 impl Operation for Restore {
     const VERB: &'static str = "restore";
     type Answer = ProcessRef;
 
     fn folder(&self) -> &SandboxFolder {
-        &self.root.folder
+        self.root.folder()
     }
 
     /// What a failure leaves behind is found by the sandbox's id, as after a failed cold start.
     fn run(&self) -> Result<ProcessRef, HelperStep> {
-        // The namespace was needed for its map; CRIU makes the sandbox's own.
-        drop(mount_root(&self.root)?);
+        if let Root::ToMount(plan) = &self.root {
+            // The namespace was needed for its map; CRIU makes the sandbox's own.
+            drop(mount_root(plan)?);
+        }
+        let folder = self.root.folder();
         let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
         prepare_this_process();
         let memory = memory_in(&self.images).map_err(HelperStep::wrap("looking at the images"))?;
         let options = RestoreOptions {
             criu: &self.criu,
             images: &self.images,
-            work: &self.root.folder.work(),
-            root: &self.root.folder.root_mount(),
-            uid_base: self.root.uid_base,
+            work: &folder.work(),
+            root: &folder.root_mount(),
+            uid_base: self.root.uid_base(),
             cgroups: &self.cgroup_folders,
             memory: match memory >= self.lazy_min {
                 true => Memory::Lazily { executable: Path::new("/proc/self/exe") },

@@ -1,5 +1,6 @@
 //! What a server does once: folders, the shared mount, programs, pools.
 
+use super::roots::Roots;
 use super::{Kernel, Shared, orphans};
 use crate::model::{DumpKey, InstanceId};
 use crate::runtime::agent::{self, AgentLayerError};
@@ -53,7 +54,15 @@ impl Kernel {
         let network = Network::open(config.network.clone(), instance, layout.data_dir()).await?;
         let shared = blocking(move || open_rest(config, instance, layout, network)).await?;
         tokio::spawn(orphans::reap_forever());
-        Ok(Self(Arc::new(shared)))
+        let kernel = Self(Arc::new(shared));
+        if let Err(error) = kernel.blocking(Shared::sweep_roots).await {
+            tracing::error!(
+                error = &*error as &dyn std::error::Error,
+                "Root file systems that an earlier server made ahead cannot be removed"
+            );
+        }
+        kernel.keep_roots();
+        Ok(kernel)
     }
 }
 
@@ -97,6 +106,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         cgroups: Cgroups::open(instance)?,
         uids: UidPool::new(config.uid_ranges, instance),
         network,
+        roots: Roots::new(config.pool_roots),
         agent,
         criu,
         host_boot_id: read_line("/proc/sys/kernel/random/boot_id"),

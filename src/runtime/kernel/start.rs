@@ -8,13 +8,22 @@ use crate::runtime::disk::{DiskError, DiskKind};
 use crate::runtime::helper::client::{HelperError, call};
 use crate::runtime::helper::container::{ColdStart, Limits};
 use crate::runtime::helper::dump::Dump;
-use crate::runtime::helper::restore::Restore;
+use crate::runtime::helper::restore::{Restore, Root};
 use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
 use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
+
+/// How far a sandbox's root file system is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RootAt {
+    /// It was made ahead and has the sandbox's name already.
+    Mounted,
+    /// The disk has to be made, and the helper mounts it.
+    ToMake,
+}
 
 /// Without the device that lazy fills need, every dump is read at once.
 fn lazy_min(configured: ByteSize) -> ByteSize {
@@ -29,20 +38,23 @@ impl Kernel {
         let id = request.id;
         let after_failure = match request.disk {
             DiskSource::Own => DiskNext::Kept,
-            DiskSource::Fresh | DiskSource::CopyOf(_) => DiskNext::Removed,
+            DiskSource::Fresh | DiskSource::CopyOf(_) | DiskSource::PooledCopyOf(_) => DiskNext::Removed,
         };
         self.blocking(Shared::check_room).await.map_err(|error| disk_error(id, error))?;
         if self.0.layout.sandbox(id).path().exists() {
             self.release(id, after_failure).await?;
         }
-        let uids = self.lease_ids()?;
+        let (uids, root) = match self.take_root(&request).await {
+            Some(uids) => (uids, RootAt::Mounted),
+            None => (self.lease_ids()?, RootAt::ToMake),
+        };
         // Three rooms of the kernel that know nothing of each other; in a row they would be a third of a create.
         let (leased, disk, cgroup) =
-            tokio::join!(self.0.network.lease(id, &request.network), self.prepare_disk(&request), self.make_cgroup(&request));
+            tokio::join!(self.0.network.lease(id, &request.network), self.prepare_disk(&request, root), self.make_cgroup(&request));
         let slot = leased.as_ref().ok().map(|lease| lease.slot);
         let ready = leased.map_err(|error| network_error(id, error)).and_then(|lease| disk.and(cgroup).map(|()| lease));
         let outcome = match ready {
-            Ok(lease) => self.start_with(request, uids, &lease).await,
+            Ok(lease) => self.start_with(request, uids, root, &lease).await,
             Err(error) => Err(error),
         };
         let error = match outcome {
@@ -73,7 +85,10 @@ impl Kernel {
         })
     }
 
-    async fn prepare_disk(&self, request: &StartRequest) -> Result<(), RuntimeError> {
+    async fn prepare_disk(&self, request: &StartRequest, root: RootAt) -> Result<(), RuntimeError> {
+        if root == RootAt::Mounted {
+            return Ok(());
+        }
         let (id, disk, size) = (request.id, request.disk.clone(), request.resources.disk);
         let prepared = self.blocking(move |shared| shared.prepare_disk(id, &disk, size)).await;
         prepared.map_err(|error| disk_error(id, error))
@@ -85,18 +100,24 @@ impl Kernel {
         made.map_err(step(id, "making the cgroup"))
     }
 
-    async fn start_with(&self, request: StartRequest, uids: UidLease, slot: &SlotLease) -> Result<Live, RuntimeError> {
+    async fn start_with(&self, request: StartRequest, uids: UidLease, root: RootAt, slot: &SlotLease) -> Result<Live, RuntimeError> {
         let id = request.id;
         let agent = match &request.from {
             StartFrom::Cold { .. } => self.0.agent.clone(),
             StartFrom::Dump { agent, .. } => agent.clone(),
         };
-        let init = self.run_helper(&request, &agent, uids.base(), slot).await?;
+        let init = self.run_helper(&request, &agent, (uids.base(), root), slot).await?;
         let kernel = KernelRef { init, slot: slot.slot, uid_base: uids.base(), host_boot_id: self.0.host_boot_id.clone(), agent };
         self.watch(id, kernel, uids).ok_or_else(|| step(id, "watching pid 1")("it ended at once; its last words are in agent.log"))
     }
 
-    async fn run_helper(&self, request: &StartRequest, agent: &str, uid_base: u32, slot: &SlotLease) -> Result<ProcessRef, RuntimeError> {
+    async fn run_helper(
+        &self,
+        request: &StartRequest,
+        agent: &str,
+        (uid_base, root): (u32, RootAt),
+        slot: &SlotLease,
+    ) -> Result<ProcessRef, RuntimeError> {
         let shared = &self.0;
         let id = request.id;
         let cgroup = shared.cgroups.of(id);
@@ -127,7 +148,10 @@ impl Kernel {
             StartFrom::Dump { images, criu, .. } => {
                 let restore = Restore {
                     id,
-                    root: plan(Boot::Restore),
+                    root: match root {
+                        RootAt::Mounted => Root::Mounted { folder: shared.layout.sandbox(id), uid_base },
+                        RootAt::ToMake => Root::ToMount(plan(Boot::Restore)),
+                    },
                     cgroup_folders: cgroup.folders(),
                     network: slot.inner.clone(),
                     images: images.clone(),
@@ -189,7 +213,7 @@ impl Kernel {
 }
 
 impl Shared {
-    fn check_room(&self) -> Result<(), DiskError> {
+    pub(super) fn check_room(&self) -> Result<(), DiskError> {
         self.disks.check_free()
     }
 
