@@ -14,9 +14,9 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stillbox::model::{BuildId, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxSpec, Secure, TemplateId};
+use stillbox::model::{BuildId, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxSpec, SandboxState, Secure, TemplateId};
 use stillbox::proxy::{Door, Listener, Proxy, ProxyConfig, Seen, Switchboard, serve};
-use stillbox::sandbox::{RouteError, TokenKind};
+use stillbox::sandbox::{BearerError, RouteError, TokenKind};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -56,7 +56,7 @@ impl Door for OneSandbox {
 impl Switchboard for OneSandbox {
     fn look(&self, _id: SandboxId) -> Option<Seen> {
         // The core hands out a copy of its record; so does this.
-        Some(Seen { spec: Arc::new(SandboxSpec::clone(&self.spec)), asleep: false })
+        Some(Seen { spec: Arc::new(SandboxSpec::clone(&self.spec)), asleep: false, state: SandboxState::Running, kept: None })
     }
     async fn route(&self, id: SandboxId) -> Result<Arc<dyn Door>, RouteError> {
         Ok(Arc::new(Self { id, spec: Arc::clone(&self.spec), server: self.server }))
@@ -69,6 +69,9 @@ impl Switchboard for OneSandbox {
     }
     fn accepts_token(&self, _kind: TokenKind, _id: SandboxId, _given: &str) -> bool {
         false
+    }
+    fn read_bearer(&self, _token: &str) -> Result<SandboxId, BearerError> {
+        Err(BearerError::Invalid)
     }
 }
 

@@ -11,8 +11,8 @@ use axum::{Json, Router};
 use tower_http::cors::{Any, CorsLayer};
 
 use crate::state::Agent;
-use crate::wire::{INIT_PATH, LOGS_PATH};
-use crate::{auth, files, init, logs, metrics, rpc};
+use crate::wire::{HOPX_PREFIX, INIT_PATH, LOGS_PATH};
+use crate::{auth, files, hopx, init, logs, metrics, rpc};
 
 /// Response headers of the Connect protocol that a browser's script has to see.
 const EXPOSED_HEADERS: [HeaderName; 6] = [
@@ -35,6 +35,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route(INIT_PATH, post(init::post))
         .route(LOGS_PATH, get(logs::get))
         .merge(files::routes())
+        .nest(HOPX_PREFIX, hopx::routes(&agent))
         .fallback_service(rpc)
         .layer(middleware::from_fn_with_state(Arc::clone(&agent), auth::require_token))
         .layer(cors)

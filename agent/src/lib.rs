@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! main ─> pid1 (secret from fd 0, stdio, lo) ─> serve ─┬─ http: /health /metrics /envs /init /files /stillbox/logs
-//!                                                      └─ rpc:  process.rs -> process/   filesystem/
+//!                                                      ├─ rpc:  process.rs -> process/   filesystem/
+//!                                                      ├─ hopx: the same under HopX's wire, for the host's proxy alone
 //!                                                      └─ interpreter: port 49999, where the template has one
 //! state (Agent) <── init replaces the identity; auth, users and paths answer who asks and where
 //! ```
@@ -36,6 +37,8 @@ mod error;
 mod files;
 #[cfg(feature = "agent")]
 mod filesystem;
+#[cfg(feature = "agent")]
+mod hopx;
 #[cfg(feature = "agent")]
 mod http;
 #[cfg(feature = "agent")]

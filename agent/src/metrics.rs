@@ -13,7 +13,7 @@ use axum::Json;
 use axum::extract::State;
 use tokio::time::Instant;
 
-use crate::blocking;
+use crate::blocking::{self, Lost};
 use crate::error::HttpError;
 use crate::state::{Agent, Identity};
 use crate::wire::Metrics;
@@ -49,9 +49,14 @@ impl CpuMeter {
 }
 
 pub(crate) async fn get(State(agent): State<Arc<Agent>>) -> Result<Json<Metrics>, HttpError> {
-    let identity = agent.identity();
+    Ok(Json(measure_now(&agent).await?))
+}
+
+/// As of now; the share of CPU is that since the last call.
+pub(crate) async fn measure_now(agent: &Arc<Agent>) -> Result<Metrics, Lost> {
+    let (agent, identity) = (Arc::clone(agent), agent.identity());
     // Reading /proc takes longer the more processes there are.
-    Ok(Json(blocking::run(move || measure(&agent.cpu_meter, &identity)).await?))
+    blocking::run(move || measure(&agent.cpu_meter, &identity)).await
 }
 
 fn measure(meter: &CpuMeter, identity: &Identity) -> Metrics {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::filesystem::watchers::Watchers;
+use crate::hopx::Hopx;
 use crate::interpreter::Interpreter;
 use crate::logs::Log;
 use crate::metrics::CpuMeter;
@@ -24,6 +25,7 @@ pub(crate) struct Agent {
     pub(crate) log: Log,
     pub(crate) cpu_meter: CpuMeter,
     pub(crate) interpreter: Interpreter,
+    pub(crate) hopx: Hopx,
 }
 
 /// Which sandbox this is. Taken whole by a request when it begins, so that an /init in between changes nothing for it.
@@ -32,8 +34,14 @@ pub(crate) struct Identity {
     pub(crate) access: Access,
     /// Empty before the first /init.
     pub(crate) sandbox_id: String,
-    /// Variables of every process: the template's, then the sandbox's, then our own E2B_* on top.
+    /// Variables of every process: the template's, then the sandbox's, then our own E2B_* on top. [`Identity::compose`]
+    /// makes them of the three.
     pub(crate) envs: BTreeMap<String, String>,
+    /// The CA bundle's and the template's.
+    pub(crate) lower_envs: BTreeMap<String, String>,
+    /// The sandbox's own.
+    pub(crate) own_envs: BTreeMap<String, String>,
+    pub(crate) own_envs_from: EnvsFrom,
     /// The PATH that the agent was started with.
     pub(crate) path: String,
     pub(crate) default_user: String,
@@ -42,6 +50,14 @@ pub(crate) struct Identity {
     pub(crate) generation: u64,
     pub(crate) cpu_count: Option<u32>,
     pub(crate) memory_bytes: Option<u64>,
+}
+
+/// Who said last what the sandbox's own variables are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EnvsFrom {
+    Init,
+    /// Its user, at run time. They survive a later /init of the same sandbox, which knows only those of the create.
+    User,
 }
 
 /// Who may use envd's wire.
@@ -65,6 +81,7 @@ impl Agent {
             cpu_meter: CpuMeter::new(),
             watchers: Watchers::default(),
             interpreter: Interpreter::default(),
+            hopx: Hopx::default(),
         })
     }
 
@@ -75,6 +92,13 @@ impl Agent {
     /// Requests that have begun keep the former one.
     pub(crate) fn replace_identity(&self, identity: Identity) {
         *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
+    }
+
+    /// Replaces the sandbox's own variables, for everything that starts from now on.
+    pub(crate) fn set_own_envs(&self, own_envs: BTreeMap<String, String>) {
+        let mut identity = self.identity.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = Identity { own_envs, own_envs_from: EnvsFrom::User, ..Identity::clone(&identity) };
+        *identity = Arc::new(changed.composed());
     }
 
     /// Holds the control secret; whoever holds the guard is the only one to rotate it.
@@ -90,6 +114,9 @@ impl Identity {
             access: Access::Closed,
             sandbox_id: String::new(),
             envs: BTreeMap::new(),
+            lower_envs: BTreeMap::new(),
+            own_envs: BTreeMap::new(),
+            own_envs_from: EnvsFrom::Init,
             path,
             default_user: "user".to_owned(),
             default_workdir: String::new(),
@@ -97,5 +124,39 @@ impl Identity {
             cpu_count: None,
             memory_bytes: None,
         }
+    }
+
+    /// With `envs` made anew of what they consist of.
+    pub(crate) fn composed(self) -> Identity {
+        let internal = self.envs.iter().filter(|(name, _)| INTERNAL_ENVS.contains(&name.as_str()));
+        let all = self.lower_envs.iter().chain(&self.own_envs).chain(internal);
+        let envs = all.map(|(name, value)| (name.clone(), value.clone())).collect();
+        Identity { envs, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn own_variables_stand_above_the_templates_and_below_the_internal_ones() {
+        let agent = Agent::new("0".repeat(64), "/bin".to_owned());
+        agent.replace_identity(
+            Identity {
+                envs: variables(&[("E2B_SANDBOX", "true")]),
+                lower_envs: variables(&[("A", "template"), ("B", "template")]),
+                ..Identity::generic("/bin".to_owned())
+            }
+            .composed(),
+        );
+        agent.set_own_envs(variables(&[("B", "own"), ("E2B_SANDBOX", "no")]));
+        assert_eq!(agent.identity().envs, variables(&[("A", "template"), ("B", "own"), ("E2B_SANDBOX", "true")]));
+        agent.set_own_envs(BTreeMap::new());
+        assert_eq!(agent.identity().envs, variables(&[("A", "template"), ("B", "template"), ("E2B_SANDBOX", "true")]));
     }
 }

@@ -16,6 +16,8 @@ pub const CONTROL_HEADER: &str = "x-stillbox-control";
 pub const INIT_PATH: &str = "/init";
 /// GET with `?cursor=<seq>`: one [`LogEntry`] per line, those with a larger `seq`.
 pub const LOGS_PATH: &str = "/stillbox/logs";
+/// Before every path of HopX's in-sandbox API. The host takes no request below it but those that it lets through itself.
+pub const HOPX_PREFIX: &str = "/stillbox/hopx";
 /// The folder of the agent's own small files; part of the agent's layer.
 pub const RUN_DIR: &str = "/run/stillbox";
 /// Written in place by /init: the runtime binds this file over /proc/sys/kernel/random/boot_id.

@@ -16,9 +16,20 @@ pub(super) struct ApiError {
     cause: Option<Arc<dyn Error + Send + Sync>>,
 }
 
-/// On the way out through the layers, which know the request's id.
+/// On the way out through the layers, which know the request's id: to be logged with it, and to be worded for the
+/// client, unless its dialect has done so.
 #[derive(Debug, Clone)]
-pub(super) struct InternalFailure(pub(super) Arc<dyn Error + Send + Sync>);
+pub(super) struct InternalFailure {
+    pub(super) cause: Arc<dyn Error + Send + Sync>,
+    pub(super) wording: Wording,
+}
+
+/// Whose words the client gets for an internal error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wording {
+    Common,
+    Dialect,
+}
 
 impl ApiError {
     /// An error that its reader can do something about.
@@ -68,6 +79,11 @@ impl ApiError {
         (self.status.as_u16(), &self.message)
     }
 
+    /// For a dialect with words of its own: status, message and the cause that is not told.
+    pub(super) fn into_parts(self) -> (StatusCode, String, Option<Arc<dyn Error + Send + Sync>>) {
+        (self.status, self.message, self.cause)
+    }
+
     /// The cause of an internal error, for those who do not answer with it.
     pub(super) fn cause(&self) -> Option<&(dyn Error + Send + Sync)> {
         self.cause.as_deref()
@@ -81,7 +97,7 @@ impl IntoResponse for ApiError {
             response.headers_mut().insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         if let Some(cause) = self.cause {
-            response.extensions_mut().insert(InternalFailure(cause));
+            response.extensions_mut().insert(InternalFailure { cause, wording: Wording::Common });
         }
         response
     }

@@ -1,6 +1,6 @@
 //! What every answer of the control plane has: a request id, CORS headers, and JSON even where routing itself failed.
 
-use super::error::{ApiError, InternalFailure, body};
+use super::error::{ApiError, InternalFailure, Wording, body};
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{self, Next};
@@ -29,15 +29,28 @@ async fn wrong_method(request: Request) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("{} does not take {}", request.uri().path(), request.method()))
 }
 
+/// A request's id, for handlers whose answers have it in their body.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(String);
+
+impl RequestId {
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Gives the request an id; logs internal errors with it, once, and tells it to the client instead of their text.
-async fn label(request: Request, next: Next) -> Response {
+async fn label(mut request: Request, next: Next) -> Response {
     let id = new_request_id();
+    request.extensions_mut().insert(RequestId(id.clone()));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let mut response = next.run(request).await;
-    if let Some(InternalFailure(cause)) = response.extensions_mut().remove() {
+    if let Some(InternalFailure { cause, wording }) = response.extensions_mut().remove() {
         let chain = chain_of(cause.as_ref());
         tracing::error!(request.id = %id, %method, path, "Request {id} failed: {chain}");
-        response = body(response.status(), &format!("internal error; the server's log has more under request id {id}"));
+        if wording == Wording::Common {
+            response = body(response.status(), &format!("internal error; the server's log has more under request id {id}"));
+        }
     }
     response.headers_mut().insert(REQUEST_ID, HeaderValue::try_from(id).expect("a request id is hexadecimal"));
     response

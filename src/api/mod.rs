@@ -8,6 +8,7 @@ mod auth;
 mod body;
 mod e2b;
 mod error;
+mod hopx;
 mod layers;
 mod native;
 mod novita;
@@ -83,7 +84,7 @@ impl ApiState {
 
 /// All dialects on one router. Where E2B's and Novita's paths are the same, the headers say whose a call is.
 pub fn router(state: ApiState) -> Router {
-    let routes = e2b::routes(&state).merge(native::routes(&state)).merge(novita::own(&state));
+    let routes = e2b::routes(&state).merge(hopx::routes(&state)).merge(native::routes(&state)).merge(novita::own(&state));
     let common = layers::closed(routes).with_state(state.clone());
     let novita = novita::over(&state, common.clone());
     let by_caller = move |request: Request| {

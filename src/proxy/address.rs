@@ -4,19 +4,25 @@
 //!
 //! 1. `api.<domain>` is the control plane, whatever else the request says.
 //! 2. A host label `<port>-<id>[-<client>]` names sandbox and port.
+//!    Port 7777 with a bearer token of ours is HopX's in-sandbox API; without one it is a port like any other.
 //! 3. `E2b-Sandbox-Id` and `E2b-Sandbox-Port` name them.
 //! 4. `/v1/…` is a control plane (HopX).
-//! 5. On the paths of the data plane: Novita's headers, a sandbox's token, or `/files` with a signature.
-//! 6. Everything else is the control plane. Novita's headers are never looked at here: they leak into such calls.
+//! 5. A bearer token of ours is HopX's in-sandbox API, under a host that all sandboxes share.
+//! 6. On the paths of the data plane: Novita's headers, a sandbox's token, or `/files` with a signature.
+//! 7. Everything else is the control plane. Novita's headers are never looked at here: they leak into such calls.
 
 use super::signature::Signature;
 use crate::model::SandboxId;
+use crate::sandbox::is_bearer;
 use http::{HeaderMap, Method, Uri, header};
 
 /// Where envd answers inside every sandbox.
 pub const ENVD_PORT: u16 = 49983;
 /// Where the code interpreter answers inside sandboxes that have one.
 pub const INTERPRETER_PORT: u16 = 49999;
+
+/// The port in whose name HopX's clients ask for the in-sandbox API. Nothing listens there: the agent answers.
+pub const HOPX_PORT: u16 = 7777;
 
 /// Below which name sandboxes are addressed: a host name in lower case, without the port of `STILLBOX_DOMAIN`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +86,13 @@ pub(super) enum Destination {
         /// The port that the path belongs to.
         port: u16,
     },
+    /// HopX's in-sandbox API of the sandbox that this bearer token is for.
+    Hopx {
+        /// The token as given.
+        token: String,
+        /// The sandbox that the host names, which has to be the same.
+        named: Option<Target>,
+    },
     /// A dialect's control plane.
     ControlPlane,
 }
@@ -106,7 +119,10 @@ pub(super) fn destination(domain: &Domain, method: &Method, uri: &Uri, headers: 
     let host = host_of(uri, headers).to_ascii_lowercase();
     match place(domain, &host)? {
         Place::Api => Ok(Destination::ControlPlane),
-        Place::Sandbox(target) => Ok(Destination::Sandbox(target)),
+        Place::Sandbox(target) => Ok(match bearer(headers) {
+            Some(token) if target.port == HOPX_PORT => Destination::Hopx { token: token.to_owned(), named: Some(target) },
+            Some(_) | None => Destination::Sandbox(target),
+        }),
         Place::Shared => by_headers(&E2B_HEADERS, headers)
             .or_else(|| by_signature(method, uri).map(Ok))
             .unwrap_or(Err(AddressError::MissingHeader(E2B_HEADERS.id))),
@@ -177,7 +193,20 @@ fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name).and_then(|value| value.to_str().ok()).filter(|value| !value.is_empty())
 }
 
+/// A bearer token that some installation of ours has made.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = text(headers, header::AUTHORIZATION.as_str())?;
+    let (scheme, token) = value.split_once(' ')?;
+    (scheme.eq_ignore_ascii_case("bearer") && is_bearer(token.trim())).then(|| token.trim())
+}
+
 fn by_path(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Destination, AddressError> {
+    if uri.path().starts_with("/v1/") {
+        return Ok(Destination::ControlPlane);
+    }
+    if let Some(token) = bearer(headers) {
+        return Ok(Destination::Hopx { token: token.to_owned(), named: None });
+    }
     let Some(port) = data_plane_port(uri.path()) else { return Ok(Destination::ControlPlane) };
     if let Some(target) = by_headers(&NOVITA_HEADERS, headers) {
         return target;

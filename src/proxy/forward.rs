@@ -5,6 +5,7 @@
 //! a body in flight never looks complete.
 
 use super::Door;
+use super::hopx;
 use super::address::{ENVD_PORT, Target};
 use super::pool::{Connection, Key, Pool};
 use super::refusal::Refusal;
@@ -236,7 +237,10 @@ fn rewritten(mut request: Request<Incoming>, door: &dyn Door, port: u16) -> Requ
 }
 
 fn origin_form(uri: &Uri) -> Uri {
-    uri.path_and_query().map_or_else(|| Uri::from_static("/"), |target| Uri::from(target.clone()))
+    match hopx::without_prefix(uri.path()) {
+        path if path.len() != uri.path().len() => hopx::with_path(uri, path),
+        _ => uri.path_and_query().map_or_else(|| Uri::from_static("/"), |target| Uri::from(target.clone())),
+    }
 }
 
 fn mask_host(headers: &mut HeaderMap, mask: Option<&str>, port: u16) {

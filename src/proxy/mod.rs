@@ -8,6 +8,7 @@
 mod address;
 mod forward;
 mod hold;
+mod hopx;
 mod pool;
 mod refusal;
 mod serve;
@@ -16,12 +17,12 @@ mod signature;
 mod splice;
 pub mod tls;
 
-pub use address::{Domain, ENVD_PORT, INTERPRETER_PORT};
+pub use address::{Domain, ENVD_PORT, HOPX_PORT, INTERPRETER_PORT};
 pub use forward::ProxyBody;
 pub use serve::{Listener, serve};
 
-use crate::model::{SandboxId, SandboxSpec, SandboxState};
-use crate::sandbox::{InUse, Registry, Route, RouteError, TokenKind};
+use crate::model::{Keep, SandboxId, SandboxSpec, SandboxState};
+use crate::sandbox::{BearerError, InUse, Registry, Route, RouteError, TokenKind};
 use address::{Destination, Target};
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
@@ -67,6 +68,10 @@ pub struct Seen {
     pub spec: Arc<SandboxSpec>,
     /// Whether it has no processes at the moment, or is about to have none.
     pub asleep: bool,
+    /// Where it stands.
+    pub state: SandboxState,
+    /// What its last pause kept; `None` for one that runs.
+    pub kept: Option<Keep>,
 }
 
 /// A way into one running sandbox.
@@ -97,6 +102,8 @@ pub trait Switchboard: Send + Sync + std::fmt::Debug + 'static {
     fn token(&self, kind: TokenKind, id: SandboxId) -> String;
     /// Whether that is its token, in constant time.
     fn accepts_token(&self, kind: TokenKind, id: SandboxId, given: &str) -> bool;
+    /// Whose bearer token it is.
+    fn read_bearer(&self, token: &str) -> Result<SandboxId, BearerError>;
 }
 
 #[async_trait::async_trait]
@@ -122,7 +129,8 @@ impl Door for Route {
 impl Switchboard for Registry {
     fn look(&self, id: SandboxId) -> Option<Seen> {
         let record = self.get(id).ok()?;
-        Some(Seen { spec: Arc::new(record.spec), asleep: record.state != SandboxState::Running })
+        let asleep = record.state != SandboxState::Running;
+        Some(Seen { spec: Arc::new(record.spec), asleep, state: record.state, kept: record.paused })
     }
     async fn route(&self, id: SandboxId) -> Result<Arc<dyn Door>, RouteError> {
         Ok(Arc::new(Self::route(self, id).await?))
@@ -135,6 +143,9 @@ impl Switchboard for Registry {
     }
     fn accepts_token(&self, kind: TokenKind, id: SandboxId, given: &str) -> bool {
         Self::accepts_token(self, kind, id, given)
+    }
+    fn read_bearer(&self, token: &str) -> Result<SandboxId, BearerError> {
+        Self::read_bearer(self, token)
     }
 }
 
@@ -176,6 +187,7 @@ impl Proxy {
                 Some(id) => Target::found(id, port),
                 None => Target { name: String::new(), id: None, port },
             },
+            Ok(Destination::Hopx { token, named }) => return self.inside(&token, named.as_ref(), request).await,
             Err(error) => return Sorted::Answered(refusal::bad_address(error)),
         };
         Sorted::Answered(self.pass(&target, request).await)

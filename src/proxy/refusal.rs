@@ -143,7 +143,8 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-fn answer(status: StatusCode, content_type: &'static str, body: String) -> Response<ProxyBody> {
+/// An answer of the proxy's own.
+pub(super) fn answer(status: StatusCode, content_type: &'static str, body: String) -> Response<ProxyBody> {
     let mut response = Response::new(ProxyBody::text(body));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));

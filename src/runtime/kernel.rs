@@ -28,7 +28,9 @@ use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::DiskNext;
 use super::uids::UidPool;
-use super::{DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck};
+use super::{
+    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
+};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use live::Live;
 use roots::Roots;
@@ -106,7 +108,7 @@ impl Runtime for Kernel {
         self.start_sandbox(request).await
     }
 
-    async fn adopt(&self, id: SandboxId, kernel: &KernelRef) -> Result<(), RuntimeError> {
+    async fn adopt(&self, id: SandboxId, kernel: &KernelRef, network: &NetworkPolicy) -> Result<(), RuntimeError> {
         let is_ours = kernel.host_boot_id == self.0.host_boot_id;
         let waited = self.blocking(move |shared| shared.wait_for_helper(id)).await;
         waited.map_err(step(id, "waiting for an earlier server's helper"))?;
@@ -115,9 +117,17 @@ impl Runtime for Kernel {
             false => None,
         };
         let live = live.ok_or(RuntimeError::NotRunning { id })?;
-        self.0.network.adopt(kernel.slot, id).await.map_err(step(id, "taking over the network slot"))?;
+        self.0.network.adopt(kernel.slot, id, network).await.map_err(step(id, "taking over the network slot"))?;
         self.insert(id, live);
         Ok(())
+    }
+
+    async fn restored(&self, id: SandboxId) -> Result<Restored, RuntimeError> {
+        let looked = self.blocking(move |shared| {
+            shared.wait_for_helper(id)?;
+            restored::read(&shared.layout.sandbox(id))
+        });
+        looked.await.map_err(step(id, "looking for what an earlier server restored"))
     }
 
     async fn exited(&self, id: SandboxId) -> Exit {
@@ -133,7 +143,7 @@ impl Runtime for Kernel {
     }
 
     async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError> {
-        self.release(id, DiskNext::Kept).await
+        self.settle(id).await
     }
 
     async fn destroy(&self, id: SandboxId) -> Result<(), RuntimeError> {

@@ -17,8 +17,11 @@ pub mod kernel;
 pub mod layout;
 pub mod network;
 pub mod precheck;
+pub mod restored;
 pub mod rootfs;
 pub mod uids;
+
+pub use restored::Restored;
 
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
 use std::path::PathBuf;
@@ -229,7 +232,12 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// Takes over a sandbox that an earlier server left running. `NotRunning` when its processes are gone. A helper of
     /// the earlier server that is still busy with it (a dump) is ended first, or waited for.
-    async fn adopt(&self, id: SandboxId, kernel: &KernelRef) -> Result<(), RuntimeError>;
+    /// Its egress rules become those of `network`.
+    async fn adopt(&self, id: SandboxId, kernel: &KernelRef, network: &NetworkPolicy) -> Result<(), RuntimeError>;
+
+    /// How the latest start from a dump ended, if the server that asked for it did not see that. Waits for a helper of
+    /// that server. Forgotten by [`Runtime::stop`].
+    async fn restored(&self, id: SandboxId) -> Result<Restored, RuntimeError>;
 
     /// Resolves when pid 1 of a started or adopted sandbox has ended. Cancel-safe.
     async fn exited(&self, id: SandboxId) -> Exit;
@@ -244,8 +252,9 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
     /// [`Runtime::stop`], and the disk and the folder of the sandbox are removed.
     async fn destroy(&self, id: SandboxId) -> Result<(), RuntimeError>;
 
-    /// Dumps a running sandbox after the pre-dump check and leaves [`DUMPED_FILE`] beside the images. Any failure leaves
-    /// it running as it was. After `Stop` the sandbox holds what a stopped one holds: the disk, flushed.
+    /// Dumps a running sandbox and leaves [`DUMPED_FILE`] beside the images. The caller has looked at its
+    /// [`Runtime::findings`], before it touched anything; what would dump and never restore is looked for once more when
+    /// the tasks stand still. Any failure leaves it running as it was. After `Stop` the sandbox holds what a stopped one holds: the disk, flushed.
     async fn dump(&self, request: DumpRequest) -> Result<Dumped, RuntimeError>;
 
     /// What would keep it from being dumped now; empty when nothing would.

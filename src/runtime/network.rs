@@ -226,8 +226,9 @@ impl Network {
         }
     }
 
-    /// Takes over the slot of a sandbox that an earlier server left running, with the rules that it had.
-    pub async fn adopt(&self, slot: u32, sandbox: SandboxId) -> Result<SlotLease, NetworkError> {
+    /// Takes over the slot of a sandbox that an earlier server left running. Rules that it had and `policy` does not say
+    /// are replaced.
+    pub async fn adopt(&self, slot: u32, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<SlotLease, NetworkError> {
         let plan = self.shared.plan.clone();
         let found = blocking(move || {
             let record = Record::read(&plan.pins, slot)?;
@@ -241,6 +242,9 @@ impl Network {
         };
         let services = self.shared.serve(&found, &record.policy).await?;
         self.shared.pool.lend(Lent { slot: found, services });
+        if record.policy != *policy {
+            self.set_policy(slot, policy).await?;
+        }
         Ok(self.shared.lease_of(slot))
     }
 

@@ -18,25 +18,23 @@ use super::error::UnknownSandbox;
 use super::logs::LogReader;
 use super::metrics::Sampler;
 use super::network::NetworkError;
+use super::overdue::Overdue;
 use super::pause::{PauseError, PauseFailure};
 use super::places::Place;
 use super::queue::{Answer, Denied, Ended, Phase, Queue, Step, Ticket, Verb};
 use super::resume::{ConnectError, Connected, ResumeAsk, ResumeFailure};
 use super::start::Origin;
 use super::timeout::{NewEnd, TimeoutError};
-use crate::model::{EndReason, EventKind, Keep, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord, SandboxState};
+use crate::model::{EndReason, EventKind, Keep, NetworkPolicy, SandboxId, SandboxRecord, SandboxState};
 use crate::runtime::{Exit, RuntimeError};
 use crate::store::sandboxes;
 use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Requests that wait for a driver to take them; beyond that, senders wait.
 const REQUESTS_MAX: usize = 64;
-/// When a pause at the end of a sandbox's time is tried again after a failure.
-const AUTO_PAUSE_RETRY: Duration = Duration::from_secs(30);
 
 /// Where an answer goes; its receiver may be gone.
 pub(super) type Reply<T> = oneshot::Sender<T>;
@@ -109,7 +107,8 @@ pub(super) struct Driver {
     pub(super) record: SandboxRecord,
     pub(super) run: Option<Run>,
     pub(super) kill_reason: Option<EndReason>,
-    queue: Queue,
+    pub(super) queue: Queue,
+    pub(super) overdue: Overdue,
     waiters: BTreeMap<Ticket, Vec<Waiter>>,
     requests: mpsc::Receiver<Request>,
     view: watch::Sender<View>,
@@ -141,6 +140,7 @@ impl Driver {
             run: None,
             kill_reason: None,
             queue,
+            overdue: Overdue::default(),
             waiters: BTreeMap::new(),
             requests: inbox,
             view,
@@ -373,7 +373,7 @@ impl Driver {
     }
 
     /// It is gone for its users from here on, whatever verb is still under way.
-    async fn accept_kill(&mut self, reason: EndReason, reply: Option<Reply<()>>) {
+    pub(super) async fn accept_kill(&mut self, reason: EndReason, reply: Option<Reply<()>>) {
         self.kill_reason.get_or_insert(reason);
         self.publish();
         if let Some(run) = &self.run {
@@ -401,21 +401,6 @@ impl Driver {
         let ask = self.tear_down_torn(torn).await;
         let (reply, _nobody_waits) = oneshot::channel();
         self.ask(Verb::Resume, Waiter::Resume(ask, reply)).await;
-    }
-
-    async fn expire(&mut self) {
-        let now = self.core.clock.now();
-        if self.record.state != SandboxState::Running || self.queue.is_killing() {
-            return;
-        }
-        let Some(reason) = self.reason_to_end(now) else { return self.watch_end() };
-        match self.record.spec.lifecycle.on_timeout {
-            OnTimeout::Kill => self.accept_kill(reason, None).await,
-            OnTimeout::Pause(keep) => match self.queue.ask(Verb::Pause(keep)) {
-                Answer::Wait(_) | Answer::Already => {}
-                Answer::Denied(_) => self.core.timers.set(self.id, now + AUTO_PAUSE_RETRY),
-            },
-        }
     }
 
     /// What a verb that is so already answers: a resume of a running one extends its time.
@@ -468,9 +453,8 @@ impl Driver {
     }
 
     fn settle_pause(&mut self, ticket: Ticket, result: &Result<(), PauseFailure>) {
-        let now = self.core.clock.now();
-        if result.is_err() && self.record.state == SandboxState::Running && self.reason_to_end(now).is_some() {
-            self.core.timers.set(self.id, now + AUTO_PAUSE_RETRY);
+        if let Err(failure) = result {
+            self.pause_failed(failure);
         }
         let told = result.as_ref().map(|()| ()).map_err(|failure| failure.error(self.id));
         self.event(EventKind::Pause, &told);

@@ -14,7 +14,7 @@ use super::driver::Driver;
 use super::dump_folder::DumpFolder;
 use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
 use super::places::Place;
-use crate::model::{ByteSize, DumpKey, Keep, LogLevel, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
+use crate::model::{ByteSize, DumpKey, Keep, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
 use crate::runtime::{AfterDump, DumpRequest, Dumped, Finding, RuntimeError};
 use crate::store::{StoreError, sandboxes, snapshots};
 use std::sync::Arc;
@@ -257,8 +257,6 @@ impl Driver {
 
     /// The dump failed and the sandbox runs on, as its row says again.
     async fn run_on(&mut self, failure: PauseFailure, snapshot: SnapshotId, place: Option<Place>) -> PauseFailure {
-        tracing::warn!(sandbox.id = %self.id, failure = ?failure, "Could not pause sandbox {}; it keeps running", self.id);
-        self.log_line(LogLevel::Warn, format!("sandbox could not be paused and keeps running: {}", chain(&failure.error(self.id))));
         (self.record.state, self.record.snapshot) = (SandboxState::Running, None);
         if let Err(error) = self.write_row().await {
             tracing::error!(sandbox.id = %self.id, %snapshot, error = chain(&error), "Could not record that sandbox {} runs on", self.id);
@@ -276,6 +274,7 @@ impl Driver {
         self.record.state = SandboxState::Paused;
         self.record.paused = Some(keep);
         self.record.kernel = None;
+        self.not_overdue();
         self.record.end_at = self.core.clock.now();
         self.record.snapshot = snapshot.as_ref().map(|row| row.id);
         if let Err(error) = record_paused(&self.core, self.record.clone(), snapshot).await {

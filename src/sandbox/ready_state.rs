@@ -15,7 +15,7 @@ use super::start::{generic_introduction, random_secret};
 use crate::model::{
     BuildId, BuildRecord, BuildSource, BuildState, ByteSize, DumpKey, Fit, NetworkPolicy, SandboxId, SnapshotId, SnapshotRecord,
 };
-use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, StartFrom, StartRequest};
+use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, RuntimeError, StartFrom, StartRequest};
 use crate::store::{snapshots, templates};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -199,6 +199,10 @@ async fn reach(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &m
 async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &mut dyn Witness) -> Result<SnapshotId, Failed> {
     let snapshot = SnapshotId::random();
     let secret = reach(core, id, build, witness).await?;
+    let findings = core.runtime.findings(id).await.map_err(cause)?;
+    if !findings.is_empty() {
+        return Err(cause(RuntimeError::NotDumpable { id, findings }).into());
+    }
     let folder = DumpFolder::of(core, snapshot);
     folder.make().await.map_err(cause)?;
     let request = DumpRequest { id, after: AfterDump::KeepRunning, images: folder.images(), disk_copy: Some(folder.disk()) };

@@ -4,13 +4,15 @@
 //! |---|---|---|
 //! | creating | anything | removed: its creator never heard of it |
 //! | running | processes | taken over; an open init is sent again |
-//! | running, init open | no processes, its dump | paused, as before the resume |
+//! | running, init open | no processes or no answer, its dump | paused with its dump; its log says that files went on |
 //! | running | no processes | removed, reason: the agent died |
 //! | pausing | processes | running: the dump did not end, its folder is removed |
 //! | pausing | no processes, a finished dump (or files only) | paused |
 //! | pausing | neither | removed, reason: the agent died |
 //! | paused | its dump | paused |
-//! | resuming | anything | stopped and paused, its dump intact |
+//! | resuming | restored whole, an agent that answers | running: memory and files go on together |
+//! | resuming | processes that ran, no answer | paused with its dump; its log says that files went on |
+//! | resuming | nothing that ran | paused, its dump intact |
 //! | killing | anything | removed |
 //!
 //! Every step may run twice: a server that dies here leaves what the next one reads the same way.
@@ -22,7 +24,7 @@ use super::error::{StoreFailure, chain};
 use super::pause::{record_paused, snapshot_row, sync_later};
 use super::start::Started;
 use crate::model::{EndReason, Keep, LogEntry, LogLevel, SandboxId, SandboxRecord, SandboxState};
-use crate::runtime::RuntimeError;
+use crate::runtime::{Restored, RuntimeError};
 use crate::store::{StoreError, idempotency, sandboxes, snapshots, templates};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -79,7 +81,7 @@ async fn recover_one(core: &Arc<Core>, record: SandboxRecord) -> Result<Found, S
         SandboxState::Running => take_over(core, record).await,
         SandboxState::Pausing => finish_or_undo_pause(core, record).await,
         SandboxState::Paused => keep_paused(core, record).await,
-        SandboxState::Resuming => undo_resume(core, record).await,
+        SandboxState::Resuming => finish_or_undo_resume(core, record).await,
         SandboxState::Killing => {
             let reason = record.end_reason.clone().unwrap_or(EndReason::Killed);
             give_up(core, record, reason).await
@@ -91,7 +93,7 @@ async fn recover_one(core: &Arc<Core>, record: SandboxRecord) -> Result<Found, S
 /// Whether its processes live and are ours now.
 async fn adopted(core: &Core, record: &SandboxRecord) -> bool {
     let Some(kernel) = &record.kernel else { return false };
-    match core.runtime.adopt(record.id, kernel).await {
+    match core.runtime.adopt(record.id, kernel, &record.spec.network).await {
         Ok(()) => true,
         Err(RuntimeError::NotRunning { .. }) => false,
         Err(error @ (RuntimeError::Exhausted { .. } | RuntimeError::NotDumpable { .. } | RuntimeError::Step { .. })) => {
@@ -106,7 +108,7 @@ async fn take_over(core: &Arc<Core>, record: SandboxRecord) -> Result<Found, Sto
     match (adopted(core, &record).await, is_open) {
         (true, false) => Ok(Found::Running(Box::new(record))),
         (true, true) => finish_init(core, record).await,
-        (false, true) if record.paused.is_some() => undo_resume(core, record).await,
+        (false, true) if record.paused.is_some() => undo_resume(core, record, Files::WentOn).await,
         (false, true | false) => give_up(core, record, died()).await,
     }
 }
@@ -119,7 +121,7 @@ fn died() -> EndReason {
 async fn finish_init(core: &Arc<Core>, mut record: SandboxRecord) -> Result<Found, StoreError> {
     let build_id = record.spec.build;
     let build = core.store.read(move |db| templates::build(db, build_id)).await?;
-    let (Some(build), Some(kernel)) = (build, record.kernel.clone()) else { return undo_resume(core, record).await };
+    let (Some(build), Some(kernel)) = (build, record.kernel.clone()) else { return undo_resume(core, record, Files::WentOn).await };
     let started = Started::again(core, &record, &build, kernel);
     match started.introduce(Arc::clone(core), record.id).await {
         Ok(ready) => {
@@ -131,9 +133,42 @@ async fn finish_init(core: &Arc<Core>, mut record: SandboxRecord) -> Result<Foun
         }
         Err(error) => {
             tracing::warn!(sandbox.id = %record.id, error = chain(&error), "Could not finish the resume of sandbox {}", record.id);
-            undo_resume(core, record).await
+            undo_resume(core, record, Files::WentOn).await
         }
     }
+}
+
+/// The server died before the row named the processes. If they are there, they are what the user has: an older memory
+/// would not fit the files that they went on to write.
+async fn finish_or_undo_resume(core: &Arc<Core>, mut record: SandboxRecord) -> Result<Found, StoreError> {
+    if record.snapshot.is_none() {
+        // A cold boot reads its files anew, whatever became of them.
+        return undo_resume(core, record, Files::AsTheyWere).await;
+    }
+    match core.runtime.restored(record.id).await {
+        Ok(Restored::Nothing) => undo_resume(core, record, Files::AsTheyWere).await,
+        Ok(Restored::Whole(kernel)) => {
+            record.kernel = Some(kernel);
+            if !adopted(core, &record).await {
+                return undo_resume(core, record, Files::WentOn).await;
+            }
+            record.state = SandboxState::Running;
+            finish_init(core, record).await
+        }
+        Ok(Restored::Torn) => undo_resume(core, record, Files::WentOn).await,
+        Err(error) => {
+            tracing::error!(sandbox.id = %record.id, error = chain(&error), "Could not look for what was restored of sandbox {}", record.id);
+            undo_resume(core, record, Files::WentOn).await
+        }
+    }
+}
+
+/// Whether a disk still belongs to the memory in the dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Files {
+    AsTheyWere,
+    /// Processes ran on it after the dump.
+    WentOn,
 }
 
 async fn finish_or_undo_pause(core: &Arc<Core>, mut record: SandboxRecord) -> Result<Found, StoreError> {
@@ -173,9 +208,13 @@ async fn keep_paused(core: &Arc<Core>, record: SandboxRecord) -> Result<Found, S
     Ok(Found::Paused(Box::new(record)))
 }
 
-/// Back to where it was: paused, its dump as it is.
-async fn undo_resume(core: &Arc<Core>, mut record: SandboxRecord) -> Result<Found, StoreError> {
+/// Back to where it was: paused, its dump as it is. The memory is kept even if the files went on without it: which of
+/// the two to give up is the user's to say.
+async fn undo_resume(core: &Arc<Core>, mut record: SandboxRecord, files: Files) -> Result<Found, StoreError> {
     stop(core, record.id).await;
+    if files == Files::WentOn {
+        tell_files_went_on(core, record.id);
+    }
     record.state = SandboxState::Paused;
     (record.kernel, record.next_control_secret) = (None, None);
     record.end_at = core.clock.now();
@@ -200,12 +239,11 @@ async fn give_up(core: &Core, mut record: SandboxRecord, reason: EndReason) -> R
         EndReason::CreateFailed { detail } => (Some(format!("sandbox could not be created: {detail}")), SandboxState::Failed),
         EndReason::Killed | EndReason::TimedOut | EndReason::Idle => (None, SandboxState::Killed),
     };
-    let now = core.clock.now();
     if let Some(message) = message {
         tracing::warn!(sandbox.id = %id, "Sandbox {id} was lost: {message}");
-        let fields = BTreeMap::from([("logger".to_owned(), "stillbox".to_owned())]);
-        core.store.keep_logs(id.to_string(), vec![LogEntry { at: now, level: LogLevel::Error, message, fields }], None);
+        log_line(core, id, LogLevel::Error, message);
     }
+    let now = core.clock.now();
     (record.state, record.end_reason, record.ended_at) = (state, Some(reason), Some(now));
     (record.kernel, record.snapshot) = (None, None);
     let written = core.store.write(move |db| {
@@ -214,6 +252,19 @@ async fn give_up(core: &Core, mut record: SandboxRecord, reason: EndReason) -> R
     });
     written.await?;
     Ok(Found::Gone)
+}
+
+/// Said where a resume ended after its processes had run.
+pub(super) fn tell_files_went_on(core: &Core, id: SandboxId) {
+    tracing::warn!(sandbox.id = %id, "Files of sandbox {id} are newer than its memory: its processes ran for a moment before the resume failed");
+    let message = "the resume failed after the sandbox's processes had run for a moment: its files are newer than its memory; \
+                   resume it without its memory to start from the files alone";
+    log_line(core, id, LogLevel::Warn, message.to_owned());
+}
+
+fn log_line(core: &Core, id: SandboxId, level: LogLevel, message: String) {
+    let fields = BTreeMap::from([("logger".to_owned(), "stillbox".to_owned())]);
+    core.store.keep_logs(id.to_string(), vec![LogEntry { at: core.clock.now(), level, message, fields }], None);
 }
 
 async fn write(core: &Core, record: &SandboxRecord) -> Result<(), StoreError> {

@@ -1,6 +1,7 @@
 //! The face of the core: every verb, what it needs, what it answers.
 
 use super::adjust::{Adjust, AdjustError};
+use super::bearer::{Bearer, BearerError};
 use super::commands::Witness;
 use super::config::SandboxConfig;
 use super::core::{Core, Seams};
@@ -291,6 +292,16 @@ impl Registry {
     /// Whether `given` is that token, in constant time.
     pub fn accepts_token(&self, kind: TokenKind, id: SandboxId, given: &str) -> bool {
         self.core.key.accepts(kind, id, given)
+    }
+
+    /// A new bearer token for a sandbox; earlier ones stay good.
+    pub fn issue_bearer(&self, id: SandboxId) -> Bearer {
+        self.core.key.issue_bearer(id, self.core.clock.now())
+    }
+
+    /// Whose bearer token it is; the sandbox may be gone by now.
+    pub fn read_bearer(&self, token: &str) -> Result<SandboxId, BearerError> {
+        self.core.key.read_bearer(token, self.core.clock.now())
     }
 
     /// Stops timers and drivers after the verb each is busy with. Sandboxes run on; the next server takes them over.

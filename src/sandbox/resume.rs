@@ -13,7 +13,7 @@ use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
 use super::places::{Full, Place};
 use super::start::{Prepared, Ready, StartError, Started, random_boot_id, random_secret};
 use crate::model::{BuildRecord, Fit, Keep, LogLevel, OnTimeout, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
-use crate::runtime::{DiskSource, RuntimeError};
+use crate::runtime::{DiskSource, Restored, RuntimeError};
 use crate::store::{StoreError, sandboxes, snapshots, templates};
 use std::sync::Arc;
 use std::time::Duration;
@@ -288,6 +288,9 @@ impl Driver {
             return;
         }
         let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
+        if before.snapshot.is_some() && !matches!(self.serve_during(runtime.restored(id)).await, Ok(Restored::Nothing)) {
+            super::recover::tell_files_went_on(&self.core, id);
+        }
         if let Err(error) = self.serve_during(runtime.stop(id)).await {
             tracing::error!(sandbox.id = %self.id, error = chain(&error), "Could not stop a half-resumed sandbox {}", self.id);
         }

@@ -65,6 +65,7 @@ impl Driver {
                 self.record.end_at = before;
                 return Err(StoreFailure::from(error).into());
             }
+            self.not_overdue();
             self.publish();
         }
         self.watch_end();

@@ -75,6 +75,24 @@ impl InstallKey {
         is_same(&self.sign(purpose, text), given)
     }
 
+    /// Signs a bearer token's head. The key is derived, so that no signature is ever a token of another kind.
+    pub(super) fn sign_bearer(&self, signed: &[u8]) -> [u8; 32] {
+        self.bearer_mac(signed).finalize().into_bytes().into()
+    }
+
+    /// Whether that is the signature, in constant time.
+    pub(super) fn has_signed_bearer(&self, signed: &[u8], signature: &[u8]) -> bool {
+        self.bearer_mac(signed).verify_slice(signature).is_ok()
+    }
+
+    fn bearer_mac(&self, signed: &[u8]) -> Hmac<Sha256> {
+        let mut derive = Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes keys of any length");
+        derive.update(b"bearer-signing");
+        let mut mac = Hmac::<Sha256>::new_from_slice(&derive.finalize().into_bytes()).expect("HMAC takes keys of any length");
+        mac.update(signed);
+        mac
+    }
+
     /// Whether `given` is the token, in time that does not depend on where they differ.
     pub fn accepts(&self, kind: TokenKind, id: SandboxId, given: &str) -> bool {
         is_same(&self.token(kind, id), given)

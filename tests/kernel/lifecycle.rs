@@ -5,10 +5,10 @@ use crate::machine::{BOOT_ID, Machine, SECRET, chain, on_own_machine};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stillbox::model::{ByteSize, SandboxId};
+use stillbox::model::{ByteSize, NetworkPolicy, SandboxId};
 use stillbox::runtime::config::{DiskDriver, RuntimeConfig, SandboxMounts};
 use stillbox::runtime::kernel::Kernel;
-use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, RuntimeError, StartFrom, StartRequest};
+use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Restored, Runtime, RuntimeError, StartFrom, StartRequest};
 use stillbox::sys::process;
 
 #[test]
@@ -133,11 +133,11 @@ fn the_next_server_takes_running_sandboxes_over_and_sweeps_the_rest() {
         tokio::task::spawn_blocking(move || server.shutdown_timeout(Duration::from_secs(1))).await.unwrap();
 
         let second = machine.kernel().await;
-        second.adopt(kept, &kernel_ref).await.unwrap();
+        second.adopt(kept, &kernel_ref, &NetworkPolicy::default()).await.unwrap();
         second.sweep(&[kept]).await.unwrap();
         assert!(machine.traces().iter().all(|line| !line.contains(dropped.as_str())), "{:?}", machine.traces());
         assert_eq!(run(&second, kept, "cat /root/file").await.text, "before\n");
-        let wrong = second.adopt(dropped, &kernel_ref_of_nobody(&kernel_ref)).await.unwrap_err();
+        let wrong = second.adopt(dropped, &kernel_ref_of_nobody(&kernel_ref), &NetworkPolicy::default()).await.unwrap_err();
         assert!(matches!(wrong, RuntimeError::NotRunning { .. }), "{wrong}");
         second.destroy(kept).await.unwrap();
         assert_eq!(machine.traces(), Vec::<String>::new());
@@ -227,6 +227,59 @@ fn a_paused_sandbox_goes_on_where_it_was_with_other_ids() {
         assert_ne!(run(&kernel, id, "cat /proc/self/uid_map").await.text, map);
         let limit = run(&kernel, id, "cat /proc/sys/user/max_inotify_instances").await.text;
         assert_eq!(limit, "128\n");
+        kernel.destroy(id).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
+    });
+}
+
+#[test]
+fn a_server_that_did_not_see_a_restore_end_finds_what_runs() {
+    on_own_machine(async |machine| {
+        let machine = Arc::new(machine);
+        let id = SandboxId::random();
+        let server = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let on_it = Arc::clone(&machine);
+        let first = server.spawn(async move {
+            let first = on_it.kernel().await;
+            on_it.start(&first, on_it.request(id)).await;
+            assert_eq!(first.restored(id).await.unwrap(), Restored::Nothing);
+            let images = folder(&on_it, "images");
+            let dumped = first.dump(DumpRequest { id, after: AfterDump::Stop, images: images.clone(), disk_copy: None }).await;
+            let dumped = dumped.unwrap_or_else(|error| panic!("{}", chain(&error)));
+            let from = StartFrom::Dump { images, criu: dumped.criu, agent: dumped.agent };
+            first.start(StartRequest { disk: DiskSource::Own, from, ..on_it.request(id) }).await
+        });
+        let restored = first.await.unwrap().unwrap_or_else(|error| panic!("{}", chain(&error)));
+        tokio::task::spawn_blocking(move || server.shutdown_timeout(Duration::from_secs(1))).await.unwrap();
+
+        let next = machine.kernel().await;
+        assert_eq!(next.restored(id).await.unwrap(), Restored::Whole(restored.clone()));
+        next.adopt(id, &restored, &NetworkPolicy::default()).await.unwrap();
+        wait_until_ready(&next, id).await;
+        assert_eq!(run(&next, id, "echo on").await.text, "on\n");
+        next.stop(id).await.unwrap();
+        assert_eq!(next.restored(id).await.unwrap(), Restored::Nothing);
+        next.destroy(id).await.unwrap();
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        next.close().await;
+    });
+}
+
+#[test]
+fn what_is_mounted_between_the_check_and_the_dump_is_refused_by_the_dump() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let id = machine.sandbox(&kernel).await;
+        let overlay = "mkdir /m && mount -t tmpfs none /m && cd /m && mkdir l u w o && \
+                       mount -t overlay none -o lowerdir=/m/l,upperdir=/m/u,workdir=/m/w /m/o";
+        let mounted = run(&kernel, id, overlay).await;
+        assert_eq!(mounted.code, 0, "{mounted:?}");
+        assert_eq!(kernel.findings(id).await.unwrap().len(), 1);
+        let dump = DumpRequest { id, after: AfterDump::Stop, images: folder(&machine, "images"), disk_copy: None };
+        let refused = chain(&kernel.dump(dump).await.unwrap_err());
+        assert!(refused.contains("has a file system of type overlay mounted on /m/o"), "{refused}");
+        assert_eq!(run(&kernel, id, "umount /m/o && echo on").await.text, "on\n");
         kernel.destroy(id).await.unwrap();
         assert_eq!(machine.traces(), Vec::<String>::new());
         kernel.close().await;

@@ -240,9 +240,9 @@ fn the_next_server_takes_over_what_runs_and_sweeps_the_rest() {
         tokio::task::block_in_place(|| server.shutdown_timeout(Duration::from_secs(5)));
 
         let next = world.network("aaaaa").await;
-        let lease = next.adopt(kept.lease.slot, kept.id).await.unwrap();
+        let lease = next.adopt(kept.lease.slot, kept.id, &policy(&[], &["9.9.9.9"])).await.unwrap();
         assert_eq!(lease, kept.lease);
-        assert!(matches!(next.adopt(dead.lease.slot, kept.id).await, Err(NetworkError::Gone { .. })), "somebody else's slot");
+        assert!(matches!(next.adopt(dead.lease.slot, kept.id, &open()).await, Err(NetworkError::Gone { .. })), "somebody else's slot");
         next.sweep(&[lease.slot]).await.unwrap();
         let dead_link = format!("sbaaaaa{}", dead.lease.slot);
         assert!(!run("ip", &["-br", "link"]).lines().any(|line| line.starts_with(&format!("{dead_link}@"))));
@@ -257,7 +257,8 @@ fn the_next_server_takes_over_what_runs_and_sweeps_the_rest() {
         next.close().await;
         assert_eq!(kept.ask(ONE).unwrap(), HOST, "a running sandbox goes on without a server");
         let last = world.network("aaaaa").await;
-        last.adopt(kept.lease.slot, kept.id).await.unwrap();
+        last.adopt(kept.lease.slot, kept.id, &policy(&[], &["9.9.9.9"])).await.unwrap();
+        assert!(kept.ask(NINE).is_err(), "rules that the caller does not know of are replaced");
         last.release(kept.end()).await.unwrap();
         drop(dead);
         last.close().await;

@@ -2,7 +2,8 @@
 
 use crate::world::{World, eventually};
 use std::time::Duration;
-use stillbox::model::{EndReason, Keep, OnTimeout, SandboxId, SandboxState};
+use stillbox::model::{EndReason, Keep, NetworkPolicy, OnTimeout, SandboxId, SandboxState};
+use stillbox::runtime::Finding;
 use stillbox::runtime::fake::Verb;
 use stillbox::sandbox::{AtFailpoint, Failpoints, Fork, Strictness};
 
@@ -145,6 +146,67 @@ async fn a_server_that_dies_in_a_resume_loses_nothing() {
     }
 }
 
+/// Lets a resume go as far as `point`, does `then` with the sandbox that runs there, and starts the next server.
+async fn crash_in_resume_after(point: &str, then: impl FnOnce(&World, SandboxId)) -> (World, SandboxId) {
+    let mut world = World::new().await;
+    let id = world.create().await.id;
+    world.mark(id, "kept");
+    world.registry().pause(id, Keep::Memory).await.unwrap();
+    world.seams.failpoints.arm(point, AtFailpoint::Freeze);
+    let (registry, failpoints) = (world.registry(), world.seams.failpoints.clone());
+    let resume = tokio::spawn(async move { registry.connect(id, MINUTE).await });
+    failpoints.reached().await;
+    then(&world, id);
+    resume.abort();
+    let _aborted = resume.await;
+    world.crash_and_reopen().await;
+    (world, id)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_that_ran_on_before_their_row_was_written_are_taken_over_with_their_files() {
+    for point in ["resume.started", "resume.initialised"] {
+        let (world, id) = crash_in_resume_after(point, |world, id| world.mark(id, "later")).await;
+        assert_eq!(world.registry().get(id).unwrap().state, SandboxState::Running, "{point}");
+        assert_eq!(world.marks(id), (Some("later".into()), "later".into()), "{point}: memory and files are of two moments");
+        world.registry().pause(id, Keep::Memory).await.unwrap();
+        world.registry().connect(id, MINUTE).await.unwrap();
+        assert_eq!(world.marks(id), (Some("later".into()), "later".into()), "{point}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_that_ran_and_died_before_their_row_was_written_leave_it_paused_and_that_is_told() {
+    let (world, id) = crash_in_resume_after("resume.started", |world, id| world.fake.end_agent(id, "killed by signal 9")).await;
+    assert_eq!(world.registry().get(id).unwrap().state, SandboxState::Paused);
+    let lines = world.registry().logs(id, crate::watching::everything()).await.unwrap();
+    assert!(lines.iter().any(|line| line.message.contains("files are newer than its memory")), "{lines:?}");
+    works(&world, id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resume_of_which_nothing_ran_says_nothing_of_files() {
+    let (world, id) = crash_in_resume_after("resume.intended", |_, _| {}).await;
+    assert_eq!(world.registry().get(id).unwrap().state, SandboxState::Paused);
+    let lines = world.registry().logs(id, crate::watching::everything()).await.unwrap();
+    assert!(!lines.iter().any(|line| line.message.contains("files")), "{lines:?}");
+    works(&world, id).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_that_nobody_was_told_of_are_replaced_by_the_next_server() {
+    let mut world = World::new().await;
+    let id = world.create().await.id;
+    let before = world.fake.network(id).unwrap();
+    let asked = NetworkPolicy { deny_out: vec!["192.0.2.0/24".parse().unwrap()], ..NetworkPolicy::default() };
+    crash_at(&mut world, "network.applied", |world| {
+        let registry = world.registry();
+        async move { drop(registry.set_network(id, asked).await) }
+    })
+    .await;
+    assert_eq!((world.fake.network(id), world.row(id).await.spec.network), (Some(before.clone()), before));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reboot_right_after_a_resume_goes_back_to_the_dump() {
     let mut world = World::new().await;
@@ -210,10 +272,41 @@ async fn an_auto_pause_that_fails_is_tried_again_and_the_sandbox_runs_on() {
     world.wait_for_state(id, SandboxState::Running).await;
     assert_eq!(world.marks(id).0, Some("kept".into()));
     let dumps = || world.fake.calls().iter().filter(|call| **call == (Verb::Dump, Some(id))).count();
+    // Longer than the timers look away: its end is past, and yet it is left alone for now.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(dumps(), 1);
     eventually("it is tried again once its retry is due", || {
         world.seams.clock.advance(Duration::from_secs(10));
         dumps() == 2
     })
     .await;
     world.wait_for_state(id, SandboxState::Paused).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_can_never_be_auto_paused_keeps_its_files_in_the_end_and_says_why() {
+    let world = World::new().await;
+    let mut spec = world.spec();
+    spec.lifecycle.on_timeout = OnTimeout::Pause(Keep::Memory);
+    let created = world.registry().create(spec, None).await.unwrap();
+    let id = created.id;
+    world.mark(id, "kept");
+    world.fake.set_findings(id, vec![Finding { pid: 42, command: "gdb".into(), reason: "is being traced".into() }]);
+    world.seams.clock.advance(Duration::from_secs(301));
+    let looks = || world.fake.calls().iter().filter(|call| **call == (Verb::Findings, Some(id))).count();
+    eventually("the pause was tried", || looks() == 1).await;
+    eventually("only its files are kept", || {
+        world.seams.clock.advance(Duration::from_secs(5));
+        world.registry().get(id).is_ok_and(|record| record.state == SandboxState::Paused)
+    })
+    .await;
+    let record = world.registry().get(id).unwrap();
+    assert_eq!((looks(), record.paused), (5, Some(Keep::FilesOnly)));
+    assert!(record.end_at - created.end_at >= Duration::from_secs(30 + 60 + 120 + 240), "{}", record.end_at - created.end_at);
+    let lines = world.registry().logs(id, crate::watching::everything()).await.unwrap();
+    let told: Vec<&str> =
+        lines.iter().map(|line| line.message.as_str()).filter(|line| line.contains("gdb (pid 42): is being traced")).collect();
+    assert!(told.len() == 2 && told[0].contains("tried again in 30 s") && told[1].contains("only its files are kept"), "{told:?}");
+    world.registry().connect(id, MINUTE).await.unwrap();
+    assert_eq!(world.marks(id), (None, "kept".into()));
 }

@@ -8,15 +8,15 @@
 //! disk ─> download (conditions, encoding) ─> body
 //! ```
 
-mod body;
+pub(crate) mod body;
 mod compose;
 mod conditions;
 mod content_type;
-mod download;
+pub(crate) mod download;
 mod encoding;
-mod multipart;
+pub(crate) mod multipart;
 mod signature;
-mod store;
+pub(crate) mod store;
 mod upload;
 
 use std::error::Error;
@@ -161,7 +161,7 @@ fn metadata_headers(headers: &HeaderMap) -> impl Iterator<Item = (&str, &[u8])> 
     headers.iter().filter_map(|(name, value)| Some((name.as_str().strip_prefix(METADATA_PREFIX)?, value.as_bytes())))
 }
 
-fn wish(headers: &HeaderMap) -> Wish<'_> {
+pub(crate) fn wish(headers: &HeaderMap) -> Wish<'_> {
     Wish {
         accept_encoding: text(headers, ACCEPT_ENCODING).unwrap_or_default(),
         conditions: Conditions {

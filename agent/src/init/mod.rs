@@ -21,7 +21,7 @@ use self::write::write_in_place;
 use crate::auth;
 use crate::error::HttpError;
 use crate::pid1::is_control_secret;
-use crate::state::{Access, Agent, Identity};
+use crate::state::{Access, Agent, EnvsFrom, Identity};
 use crate::wire::{BOOT_ID_PATH, GENERATION_PATH, InitRequest, LogLevel};
 
 /// The kernel's limit for a host name.
@@ -122,6 +122,7 @@ fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), Ini
     if former.sandbox_id != request.sandbox_id {
         // What the template's build or the source of a fork printed belongs to them.
         agent.log.clear();
+        agent.hopx.begin();
     }
     write_names(agent, request);
     let trusted = trust::apply(request.ca_bundle_pem.as_deref());
@@ -131,7 +132,7 @@ fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), Ini
     });
     // The kernel's pool was never part of a dump; its new bytes cost nothing and help a machine that just booted.
     drop(std::fs::write("/dev/urandom", entropy));
-    agent.replace_identity(identity(request, ca_envs, former.path.clone()));
+    agent.replace_identity(identity(request, ca_envs, &former));
     Ok(())
 }
 
@@ -161,23 +162,40 @@ fn warn(agent: &Agent, path: &str, error: &io::Error) {
 }
 
 /// Variables in rising order: CA bundle, template, sandbox, our own.
-fn identity(request: &InitRequest, ca_envs: BTreeMap<String, String>, path: String) -> Identity {
-    let mut envs = ca_envs;
-    envs.extend(request.template_env.clone());
-    envs.extend(request.env_vars.clone());
-    let own = [("E2B_SANDBOX", "true"), ("E2B_SANDBOX_ID", request.sandbox_id.as_str()), ("E2B_TEMPLATE_ID", request.template_id.as_str())];
+fn identity(request: &InitRequest, ca_envs: BTreeMap<String, String>, former: &Identity) -> Identity {
+    let mut lower_envs = ca_envs;
+    lower_envs.extend(request.template_env.clone());
+    let (own_envs, own_envs_from) = own_envs(request, former);
+    let internal = [("E2B_SANDBOX", "true"), ("E2B_SANDBOX_ID", request.sandbox_id.as_str()), ("E2B_TEMPLATE_ID", request.template_id.as_str())];
     let events = request.events_address.as_deref().map(|address| ("E2B_EVENTS_ADDRESS", address));
-    envs.extend(own.into_iter().chain(events).map(|(name, value)| (name.to_owned(), value.to_owned())));
-    Identity {
+    let envs = internal.into_iter().chain(events).map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    let identity = Identity {
+        lower_envs,
+        own_envs,
+        own_envs_from,
+        envs,
         access: request.access_token.clone().map_or(Access::Open, Access::Token),
         sandbox_id: request.sandbox_id.clone(),
-        envs,
-        path,
+        path: former.path.clone(),
         default_user: request.default_user.clone(),
         default_workdir: request.default_workdir.clone(),
         generation: request.generation,
         cpu_count: request.cpu_count,
         memory_bytes: request.memory_bytes,
+    };
+    identity.composed()
+}
+
+/// What its user has set at run time outlives this init; a copy takes it over, below what it was itself created with.
+fn own_envs(request: &InitRequest, former: &Identity) -> (BTreeMap<String, String>, EnvsFrom) {
+    match former.own_envs_from {
+        EnvsFrom::Init => (request.env_vars.clone(), EnvsFrom::Init),
+        EnvsFrom::User if former.sandbox_id == request.sandbox_id => (former.own_envs.clone(), EnvsFrom::User),
+        EnvsFrom::User => {
+            let mut own_envs = former.own_envs.clone();
+            own_envs.extend(request.env_vars.clone());
+            (own_envs, EnvsFrom::User)
+        }
     }
 }
 

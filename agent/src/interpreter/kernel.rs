@@ -123,7 +123,7 @@ impl Kernel {
     /// runs; a request would wait for the end of the cell, and two forks would go on with the same random numbers.
     pub(super) async fn introduce(&mut self, change: &EnvChange) -> io::Result<()> {
         match self {
-            Kernel::Lines(kernel) => kernel.change_env(change).await,
+            Kernel::Lines(kernel) => kernel.introduce(change).await,
             Kernel::Jupyter(kernel) => {
                 let (aside, file): (PathBuf, PathBuf) = (kernel.folder().join("identity.new"), kernel.folder().join("identity.json"));
                 std::fs::write(&aside, json!(change).to_string())?;

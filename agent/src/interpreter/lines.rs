@@ -1,7 +1,7 @@
 //! A kernel that speaks lines: requests on its stdin, events on a FIFO, and what it prints on stdout and stderr as it is.
 //!
 //! ```text
-//! to it    run <code>            set <name> <value>          unset <name>
+//! to it    run <code>            set <name> <value>          unset <name>     reseed
 //! from it  ready                 result <type> <form> …      display <type> <form> …
 //!          out <text>  err <text>    error <name> <value> <traceback>    done
 //! ```
@@ -30,6 +30,7 @@ use super::kernel::{EnvChange, Event};
 use super::languages::{Language, Wire};
 use super::output::{Failure, Output, Printed, Role, Shown};
 use super::process::{Folder, KernelProcess, Pipes, StartError};
+use super::random_hex;
 use crate::logs::rfc3339;
 use crate::process::spawn::Stdin;
 use crate::state::Agent;
@@ -182,6 +183,17 @@ impl LinesKernel {
             };
         }
         self.requests.write_all(lines.as_bytes()).await
+    }
+
+    /// Read before the next cell.
+    pub(super) async fn introduce(&mut self, change: &EnvChange) -> io::Result<()> {
+        self.change_env(change).await?;
+        let line = match self.wire {
+            // Its generator has 32 bits; SRANDOM asks the kernel.
+            Wire::Bash => format!("RANDOM=$((16#{}))\n", random_hex(4)),
+            Wire::Lines | Wire::JupyterIpc | Wire::JupyterTcp => "reseed\n".to_owned(),
+        };
+        self.requests.write_all(line.as_bytes()).await
     }
 
     fn take_lines(&mut self) {

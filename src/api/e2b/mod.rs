@@ -74,7 +74,7 @@ fn template_builds() -> Router<ApiState> {
         .route("/templates/{id}/files/{hash}", get(builds::file_link))
 }
 
-/// Whether the server answers at all; needs no key.
-async fn health() -> &'static str {
-    "Health check successful"
+/// Whether the server answers at all; needs no key. JSON, because HopX's clients ask here too and parse it.
+async fn health() -> axum::Json<serde_json::Value> {
+    axum::Json(serde_json::json!({ "status": "ok" }))
 }

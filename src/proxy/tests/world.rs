@@ -1,8 +1,10 @@
 //! Sandboxes without a kernel: each port is a server of the test's own, on a loopback port.
 
-use crate::model::{AutoResume, BuildId, ByteSize, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxSpec, Secure, TemplateId};
+use crate::model::{
+    AutoResume, BuildId, ByteSize, Keep, Lifecycle, NetworkPolicy, Resources, SandboxId, SandboxSpec, SandboxState, Secure, TemplateId,
+};
 use crate::proxy::{Door, Listener, Proxy, ProxyConfig, Seen, Switchboard, serve};
-use crate::sandbox::{InstallKey, RouteError, TokenKind, UnknownSandbox};
+use crate::sandbox::{BearerError, InstallKey, RouteError, TokenKind, UnknownSandbox};
 use http::{Request, Response};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::{Bytes, Incoming};
@@ -70,7 +72,13 @@ impl Door for FakeDoor {
 impl Switchboard for World {
     fn look(&self, id: SandboxId) -> Option<Seen> {
         let sandboxes = self.sandboxes.lock().unwrap();
-        sandboxes.get(&id).map(|sandbox| Seen { spec: Arc::clone(&sandbox.spec), asleep: sandbox.asleep })
+        sandboxes.get(&id).map(|sandbox| {
+            let (state, kept) = match sandbox.asleep {
+                true => (SandboxState::Paused, Some(Keep::Memory)),
+                false => (SandboxState::Running, None),
+            };
+            Seen { spec: Arc::clone(&sandbox.spec), asleep: sandbox.asleep, state, kept }
+        })
     }
     async fn route(&self, id: SandboxId) -> Result<Arc<dyn Door>, RouteError> {
         if self.look(id).is_some_and(|seen| seen.asleep) {
@@ -93,6 +101,9 @@ impl Switchboard for World {
     }
     fn accepts_token(&self, kind: TokenKind, id: SandboxId, given: &str) -> bool {
         self.key.accepts(kind, id, given)
+    }
+    fn read_bearer(&self, token: &str) -> Result<SandboxId, BearerError> {
+        self.key.read_bearer(token, time::OffsetDateTime::now_utc())
     }
 }
 

@@ -3,10 +3,10 @@
 use super::agent::{FakeAgent, Process};
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, ProcessRef, SandboxId};
 use crate::runtime::{
-    AfterDump, DUMPED_FILE, DiskSource, DumpRequest, Dumped, Exit, Finding, Runtime, RuntimeError, StartFrom, StartRequest, Usage,
-    WrittenFiles,
+    AfterDump, DUMPED_FILE, DiskSource, DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartFrom, StartRequest,
+    Usage, WrittenFiles,
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -86,6 +86,8 @@ struct State {
     /// Exits of sandboxes that are no more, for who asks late.
     exits: BTreeMap<SandboxId, Exit>,
     findings: BTreeMap<SandboxId, Vec<Finding>>,
+    /// Restored and not stopped since, whether they live or not.
+    restored: BTreeSet<SandboxId>,
     failures: BTreeMap<Verb, Vec<&'static str>>,
     gates: BTreeMap<Verb, Held>,
     calls: Vec<(Verb, Option<SandboxId>)>,
@@ -231,6 +233,12 @@ fn from_io(id: SandboxId, step: &'static str) -> impl FnOnce(io::Error) -> Runti
 }
 
 impl State {
+    /// [`State::end`], as a verb of the runtime: nothing is noted of it any more.
+    fn stop(&mut self, id: SandboxId, detail: &str) {
+        self.restored.remove(&id);
+        self.end(id, detail);
+    }
+
     fn end(&mut self, id: SandboxId, detail: &str) {
         if let Some(running) = self.running.remove(&id) {
             let exit = Exit { detail: detail.to_owned() };
@@ -269,14 +277,27 @@ impl Runtime for Fake {
         let process = Process::start(agent).await.map_err(from_io(id, "starting the agent"))?;
         let mut state = lock(&self.state);
         state.exits.remove(&id);
+        match &request.from {
+            StartFrom::Cold { .. } => {}
+            StartFrom::Dump { .. } => drop(state.restored.insert(id)),
+        }
         let network = request.network.clone();
         state.running.insert(id, Running { process, exit: watch::channel(None).0, network, request });
         Ok(kernel_of(id))
     }
 
-    async fn adopt(&self, id: SandboxId, _kernel: &KernelRef) -> Result<(), RuntimeError> {
+    async fn adopt(&self, id: SandboxId, _kernel: &KernelRef, network: &NetworkPolicy) -> Result<(), RuntimeError> {
         self.pass(Verb::Adopt, Some(id)).await?;
-        if lock(&self.state).running.contains_key(&id) { Ok(()) } else { Err(RuntimeError::NotRunning { id }) }
+        match lock(&self.state).running.get_mut(&id) {
+            Some(running) => running.network = network.clone(),
+            None => return Err(RuntimeError::NotRunning { id }),
+        }
+        Ok(())
+    }
+
+    async fn restored(&self, id: SandboxId) -> Result<Restored, RuntimeError> {
+        let is_restored = lock(&self.state).restored.contains(&id);
+        Ok(if is_restored { Restored::Whole(kernel_of(id)) } else { Restored::Nothing })
     }
 
     async fn exited(&self, id: SandboxId) -> Exit {
@@ -300,7 +321,7 @@ impl Runtime for Fake {
 
     async fn stop(&self, id: SandboxId) -> Result<(), RuntimeError> {
         self.pass(Verb::Stop, Some(id)).await?;
-        lock(&self.state).end(id, "stopped");
+        lock(&self.state).stop(id, "stopped");
         Ok(())
     }
 
@@ -328,7 +349,7 @@ impl Runtime for Fake {
         std::fs::write(request.images.join(DUMPED_FILE), mark).map_err(from_io(id, "marking the images"))?;
         match request.after {
             AfterDump::Stop => {
-                lock(&self.state).end(id, "dumped");
+                lock(&self.state).stop(id, "dumped");
                 self.pass(Verb::CleanUp, Some(id)).await?;
             }
             AfterDump::KeepRunning => {}

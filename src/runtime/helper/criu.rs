@@ -210,10 +210,11 @@ pub(crate) struct Restored {
 /// `set_up_netns` gets the new network namespace, which has lo up and nothing else, and init's pid: link, the address
 /// of the dump, route and sysctls are made here (a missing address fails the restore of a connection, a missing
 /// ping_group_range that of a ping socket). Afterwards, with everything restored and nothing running yet, connections
-/// to the outside are reset.
+/// to the outside are reset, and `before_it_runs` gets init's pid: the last moment to say no.
 pub(crate) fn restore(
     options: &RestoreOptions<'_>,
     mut set_up_netns: impl FnMut(&Netns, i32) -> Result<(), HookError>,
+    mut before_it_runs: impl FnMut(i32) -> Result<(), HookError>,
 ) -> Result<Restored, CriuError> {
     let view = ImageView::make(options.images, options.work, options.uid_base)?;
     let images = open_folder(view.folder())?;
@@ -234,14 +235,14 @@ pub(crate) fn restore(
     let mut reset_connections = 0;
     let response = swrk.run(request, |moment, pid| match moment {
         "setup-namespaces" => {
-            let made = netns.insert(Netns::of_process(pid)?);
+            let (made, _) = netns.insert((Netns::of_process(pid)?, pid));
             made.run(bring_loopback_up)?;
             set_up_netns(made, pid)
         }
         "post-restore" => {
-            let netns = netns.as_ref().ok_or("CRIU made no network namespace")?;
+            let (netns, init) = netns.as_ref().ok_or("CRIU made no network namespace")?;
             reset_connections = netns.run(sock_diag::reset_outside_connections)?;
-            Ok(())
+            before_it_runs(*init)
         }
         _ => Ok(()),
     })?;

@@ -5,6 +5,7 @@ use super::super::{AfterDump, DUMPED_FILE, Dumped};
 use super::criu::{self, DumpOptions, HookError, place};
 use super::{HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
+use crate::runtime::precheck;
 use crate::sys::disk::Frozen;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -57,6 +58,7 @@ impl Operation for Dump {
         let began = Instant::now();
         let mut dumped = None;
         let report = criu::dump(&options, || {
+            self.refuse_what_came_since_the_check()?;
             self.copy_disk()?;
             dumped = Some(self.record(began.elapsed())?);
             Ok(())
@@ -68,6 +70,15 @@ impl Operation for Dump {
 }
 
 impl Dump {
+    /// The tasks ran on after the check; now they stand still.
+    fn refuse_what_came_since_the_check(&self) -> Result<(), HookError> {
+        let found = precheck::never_restored(self.init)?;
+        match found.first() {
+            Some(first) => Err(format!("{} (pid {}): {}", first.command, first.pid, first.reason).into()),
+            None => Ok(()),
+        }
+    }
+
     fn copy_disk(&self) -> Result<(), HookError> {
         let Some(copy) = &self.disk_copy else { return Ok(()) };
         let disk = File::open(self.folder.disk_mount())?;

@@ -5,8 +5,10 @@ use super::super::rootfs::{RootPlan, mount_root};
 use super::container::{Limits, limit_namespace, prepare_this_process, userns_of};
 use super::criu::{self, Memory, RestoreOptions, place};
 use super::{HelperStep, Operation};
-use crate::model::{ByteSize, ProcessRef, SandboxId};
+use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::layout::SandboxFolder;
+use crate::runtime::restored;
+use crate::sys::netns::Netns;
 use crate::sys::process::start_ticks;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,12 @@ pub(crate) struct Restore {
     pub(crate) cgroup_folders: Vec<PathBuf>,
     /// The way out.
     pub(crate) network: InnerNetwork,
+    /// Of the slot that `network` leads out through.
+    pub(crate) slot: u32,
+    /// The host's.
+    pub(crate) boot_id: String,
+    /// The agent's content address (hex).
+    pub(crate) agent_sha256: String,
     /// CRIU's images. Only read.
     pub(crate) images: PathBuf,
     /// The CRIU that wrote them.
@@ -68,14 +76,14 @@ impl Root {
 
 impl Operation for Restore {
     const VERB: &'static str = "restore";
-    type Answer = ProcessRef;
+    type Answer = KernelRef;
 
     fn folder(&self) -> &SandboxFolder {
         self.root.folder()
     }
 
     /// What a failure leaves behind is found by the sandbox's id, as after a failed cold start.
-    fn run(&self) -> Result<ProcessRef, HelperStep> {
+    fn run(&self) -> Result<KernelRef, HelperStep> {
         if let Root::ToMount(plan) = &self.root {
             // The namespace was needed for its map; CRIU makes the sandbox's own.
             drop(mount_root(plan)?);
@@ -97,11 +105,26 @@ impl Operation for Restore {
             },
             deadline: self.deadline,
         };
-        let restored = criu::restore(&options, |netns, _init| Ok(self.network.attach(netns)?)).map_err(HelperStep::wrap("restoring"))?;
+        let mut running = None;
+        let attach = |netns: &Netns, _init| Ok(self.network.attach(netns)?);
+        let note = |init| {
+            let kernel = running.insert(self.kernel_ref(init)?);
+            Ok(restored::begin(folder, kernel)?)
+        };
+        let restored = criu::restore(&options, attach, note).map_err(HelperStep::wrap("restoring"))?;
+        let kernel = running.ok_or_else(|| HelperStep::new("restoring", "CRIU did not stop before it let the processes go"))?;
         let userns = userns_of(restored.init).map_err(HelperStep::wrap("limiting its user namespace"))?;
         limit_namespace(&userns, &self.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
-        let start_ticks = start_ticks(restored.init).map_err(HelperStep::wrap("looking at pid 1"))?;
-        Ok(ProcessRef { pid: restored.init, start_ticks })
+        restored::complete(folder, &kernel).map_err(HelperStep::wrap("noting what was restored"))?;
+        Ok(kernel)
+    }
+}
+
+impl Restore {
+    fn kernel_ref(&self, init: i32) -> io::Result<KernelRef> {
+        let init = ProcessRef { pid: init, start_ticks: start_ticks(init)? };
+        let (host_boot_id, agent) = (self.boot_id.clone(), self.agent_sha256.clone());
+        Ok(KernelRef { init, slot: self.slot, uid_base: self.root.uid_base(), host_boot_id, agent })
     }
 }
 

@@ -5,6 +5,7 @@ use super::{BoxError, Kernel, Shared, step};
 use crate::model::SandboxId;
 use crate::runtime::disk::{DiskKind, sync_image};
 use crate::runtime::helper;
+use crate::runtime::restored;
 use crate::runtime::rootfs::{DiskNext, unmount_root};
 use crate::runtime::{RuntimeError, WrittenFiles};
 use crate::sys::loop_device;
@@ -26,6 +27,13 @@ impl Kernel {
             return Ok(());
         }
         released.map_err(step(id, "giving back mounts and cgroup"))
+    }
+
+    /// [`Kernel::release`], the disk kept, with nothing left to say of an earlier restore.
+    pub(super) async fn settle(&self, id: SandboxId) -> Result<(), RuntimeError> {
+        self.release(id, DiskNext::Kept).await?;
+        let forgotten = self.blocking(move |shared| restored::forget(&shared.layout.sandbox(id))).await;
+        forgotten.map_err(step(id, "forgetting an earlier restore"))
     }
 
     /// Removes what belongs to nobody: of ids that are neither kept nor live everything, of kept ones without

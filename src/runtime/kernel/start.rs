@@ -12,7 +12,7 @@ use crate::runtime::helper::restore::{Restore, Root};
 use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
-use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
+use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Restored, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
@@ -42,7 +42,10 @@ impl Kernel {
         };
         self.blocking(Shared::check_room).await.map_err(|error| disk_error(id, error))?;
         if self.0.layout.sandbox(id).path().exists() {
-            self.release(id, after_failure).await?;
+            match after_failure {
+                DiskNext::Kept => self.settle(id).await?,
+                DiskNext::Removed => self.release(id, DiskNext::Removed).await?,
+            }
         }
         let (uids, root) = match self.take_root(&request).await {
             Some(uids) => (uids, RootAt::Mounted),
@@ -106,7 +109,14 @@ impl Kernel {
             StartFrom::Cold { .. } => self.0.agent.clone(),
             StartFrom::Dump { agent, .. } => agent.clone(),
         };
-        let init = self.run_helper(&request, &agent, (uids.base(), root), slot).await?;
+        let init = match self.run_helper(&request, &agent, (uids.base(), root), slot).await {
+            Ok(init) => init,
+            Err(error) => match self.restored(id).await {
+                // It came to its end, but not to its answer.
+                Ok(Restored::Whole(kernel)) => kernel.init,
+                Ok(Restored::Nothing | Restored::Torn) | Err(_) => return Err(error),
+            },
+        };
         let kernel = KernelRef { init, slot: slot.slot, uid_base: uids.base(), host_boot_id: self.0.host_boot_id.clone(), agent };
         self.watch(id, kernel, uids).ok_or_else(|| step(id, "watching pid 1")("it ended at once; its last words are in agent.log"))
     }
@@ -154,13 +164,17 @@ impl Kernel {
                     },
                     cgroup_folders: cgroup.folders(),
                     network: slot.inner.clone(),
+                    slot: slot.slot,
+                    boot_id: shared.host_boot_id.clone(),
+                    agent_sha256: agent.to_owned(),
                     images: images.clone(),
                     criu: self.criu(id, criu)?,
                     lazy_min: lazy_min(shared.config.lazy_restore_min),
                     limits,
                     deadline: shared.config.helper_time_max,
                 };
-                self.helper(&restore).await.map_err(step(id, "restoring its processes"))
+                let restored = self.helper(&restore).await.map_err(step(id, "restoring its processes"));
+                restored.map(|kernel| kernel.init)
             }
         }
     }
@@ -177,10 +191,6 @@ impl Kernel {
     pub(super) async fn dump_sandbox(&self, request: DumpRequest) -> Result<Dumped, RuntimeError> {
         let id = request.id;
         let live = self.live(id)?;
-        let findings = self.findings(id).await?;
-        if !findings.is_empty() {
-            return Err(RuntimeError::NotDumpable { id, findings });
-        }
         if self.0.disks.kind() == DiskKind::Folder {
             return Err(step(id, "dumping its processes")(DiskError::NoCopies));
         }
@@ -202,7 +212,7 @@ impl Kernel {
         match request.after {
             // The dump stands, whatever clings to the disk: the next start waits for that, and says so if in vain.
             AfterDump::Stop => {
-                if let Err(error) = self.release(id, DiskNext::Kept).await {
+                if let Err(error) = self.settle(id).await {
                     tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Dumped sandbox {id} was not released");
                 }
             }
