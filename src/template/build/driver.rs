@@ -8,7 +8,7 @@ use super::super::{Lease, ResolveError, Resolved, TemplateConfig, Templates};
 use super::log::{BuildLog, Output};
 use super::merge::{self, LAYERS_MAX};
 use super::plan::{Base, Cache, Copy, Instruction, Plan};
-use super::state::{Errand, State};
+use super::state::{Errand, State, each_once};
 use super::uploads::Uploads;
 use super::{harvest, view::View};
 use crate::model::{BuildFailure, BuildRecord, BuildSource, BuildState, LogLevel};
@@ -26,6 +26,8 @@ const PROVISION_SCRIPT: &str = include_str!("provision.sh");
 /// Where a COPY step's archive is put and unpacked: the agent's folder, which is no part of a layer.
 const ARCHIVE: &str = "/run/stillbox/copy.tar";
 const UNPACKED: &str = "/run/stillbox/copy";
+/// Who runs the steps on an image, in his home, until a step says otherwise.
+const DEFAULT_USER: &str = "user";
 /// What E2B waits for a start command that nobody can ask whether it is ready.
 const DEFAULT_READY_COMMAND: &str = "sleep 20";
 /// The parts of a build that are no step.
@@ -144,7 +146,7 @@ impl Driver<'_> {
                 Some(name) => {
                     let commands = self.base_template(&name).await?;
                     // Its steps run as on the image that the template stands in for.
-                    self.state.user = "root".to_owned();
+                    self.state.user = DEFAULT_USER.to_owned();
                     self.state.workdir = String::new();
                     Ok(commands)
                 }
@@ -169,6 +171,7 @@ impl Driver<'_> {
         }
         self.announce(&part, &build.id.to_string(), Cache::Use);
         self.hold(&part, &build.layers)?;
+        self.base_layers = build.layers.len();
         self.state = State { layers: build.layers, env: build.env, user: build.user, workdir: build.workdir, pending: Vec::new() };
         Ok(Commands { start: build.start_command, ready: build.ready_command })
     }
@@ -178,9 +181,13 @@ impl Driver<'_> {
         let progress = |line: &str| self.log.say_of(BASE, LogLevel::Info, format!("[{BASE}] {line}"));
         let image = image::resolve(request, &self.means.config, &progress).await.map_err(|error| part.broke(&error))?;
         self.hold(&part, &image.layers)?;
-        // E2B's templates begin as root in root's home, whatever the image says; its variables are kept.
-        self.state = State { layers: image.layers, env: image.env, user: "root".into(), workdir: String::new(), pending: Vec::new() };
-        self.in_sandbox(&part, Work::AsRoot(PROVISION_SCRIPT), &(image.digest, PROVISION_SCRIPT), Cache::Use).await
+        let layers = each_once(image.layers);
+        self.base_layers = layers.len();
+        self.state = State { layers, env: image.env, user: "root".into(), workdir: String::new(), pending: Vec::new() };
+        self.in_sandbox(&part, Work::AsRoot(PROVISION_SCRIPT), &(image.digest, PROVISION_SCRIPT), Cache::Use).await?;
+        // As on E2B, whatever user and folder the image names; its variables are kept.
+        self.state.user = DEFAULT_USER.to_owned();
+        Ok(())
     }
 
     /// Keeps layers from the collector until this build's row names them.
@@ -189,7 +196,6 @@ impl Driver<'_> {
             let lease = Lease::take(&self.means.config.data_dir, id).map_err(|error| part.broke(&error))?;
             self.held.push(lease.ok_or_else(|| part.failed(format!("layer {id} of its base is gone; build the base again")))?);
         }
-        self.base_layers = layers.len();
         Ok(())
     }
 
@@ -235,7 +241,11 @@ impl Driver<'_> {
 
     /// Puts a step's layer on top. When there are many, those of the steps become one.
     async fn stack(&mut self, part: &Part, layer: Option<Lease>) -> Result<(), BuildFailure> {
-        self.state.done(layer.as_ref().map(|layer| layer.id().to_owned()));
+        let id = layer.as_ref().map(|layer| layer.id().to_owned());
+        if self.state.layers.iter().take(self.base_layers).any(|known| Some(known) == id.as_ref()) {
+            self.base_layers -= 1;
+        }
+        self.state.done(id);
         self.held.extend(layer);
         if self.state.layers.len() <= LAYERS_MAX {
             return Ok(());

@@ -4,7 +4,7 @@ use super::expand::expand;
 use super::plan::{Instruction, Sudo};
 use super::view::{Found, View};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -110,7 +110,17 @@ impl State {
     pub(super) fn done(&mut self, layer: Option<String>) {
         self.pending.clear();
         self.layers.extend(layer);
+        self.layers = each_once(std::mem::take(&mut self.layers));
     }
+}
+
+/// The layers, of those that come again only the uppermost: overlayfs takes none twice. One that comes again on top has
+/// everything that it has further down, and hides everything that it hides there.
+pub(super) fn each_once(layers: Vec<String>) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    let mut kept: Vec<String> = layers.into_iter().rev().filter(|id| seen.insert(id.clone())).collect();
+    kept.reverse();
+    kept
 }
 
 /// The path without `.`, `..` and double slashes.
@@ -185,6 +195,16 @@ mod tests {
         let state = after(&[("ENV", &["A", "1", "B", "${A}2", "PATH", "/opt:$PATH"])]);
         assert_eq!(state.env["B"], "12");
         assert_eq!(state.env["PATH"], format!("/opt:{DEFAULT_PATH}"));
+    }
+
+    #[test]
+    fn a_layer_that_comes_again_counts_where_it_is_on_top() {
+        let mut state = State { layers: ["a", "b", "c"].map(ToOwned::to_owned).into(), ..state() };
+        state.done(Some("b".to_owned()));
+        assert_eq!(state.layers, ["a", "c", "b"]);
+        state.done(Some("b".to_owned()));
+        state.done(None);
+        assert_eq!(state.layers, ["a", "c", "b"]);
     }
 
     #[test]
