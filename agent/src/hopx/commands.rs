@@ -76,14 +76,14 @@ pub(super) async fn run(
 ) -> Result<Json<Value>, HopxError> {
     let Json(request) = request?;
     let (program, command, _name) = request.program(&agent).await?;
-    let finished = run::to_end(&agent, program).await?;
+    let (pid, finished) = run::to_end(&agent, program).await?;
     Ok(Json(json!({
         "stdout": finished.stdout,
         "stderr": finished.stderr,
         "exit_code": finished.outcome.exit_code(),
         "execution_time": finished.took.as_secs_f64(),
         "success": finished.outcome.is_success(),
-        "pid": finished.pid,
+        "pid": pid,
         "command": command,
         "timestamp": rfc3339(SystemTime::now()),
     })))

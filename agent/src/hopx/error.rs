@@ -97,6 +97,12 @@ impl HopxError {
         self
     }
 
+    /// What WebSockets send instead of a response.
+    pub(super) fn message(&self) -> Value {
+        let (word, _) = self.code.word_and_status();
+        json!({ "type": "error", "error": self.message, "message": self.message, "code": word, "timestamp": rfc3339(SystemTime::now()) })
+    }
+
     fn body(&self, request_id: &str) -> String {
         let (word, _) = self.code.word_and_status();
         let mut body = json!({

@@ -75,7 +75,7 @@ struct MakeDir {
 }
 
 /// What a path in a request means.
-fn resolve(path: &str) -> Result<PathBuf, HopxError> {
+pub(super) fn resolve(path: &str) -> Result<PathBuf, HopxError> {
     match path {
         "" => Err(HopxError::new(Code::InvalidPath, "path is empty")),
         path if path.contains('\0') => Err(HopxError::new(Code::InvalidPath, "path contains a NUL byte").at(path.replace('\0', "\\0"))),

@@ -37,6 +37,16 @@ pub(super) async fn ping() -> Json<Value> {
     Json(json!({ "message": "pong", "status": "ok", "timestamp": rfc3339(SystemTime::now()) }))
 }
 
+/// The contexts of the interpreter, as kernels. HopX's clients share the default one of Python.
+pub(super) async fn sessions(State(agent): State<Arc<Agent>>) -> Json<Value> {
+    let contexts = agent.interpreter.list();
+    let sessions: Vec<Value> = contexts
+        .iter()
+        .map(|context| json!({ "kernel_id": context.id, "name": context.language, "language": context.language, "path": context.cwd, "is_default": context.is_default }))
+        .collect();
+    Json(json!({ "count": sessions.len(), "sessions": sessions, "timestamp": rfc3339(SystemTime::now()) }))
+}
+
 fn features() -> Value {
     json!({
         "code_execution": true, "file_operations": true, "terminal_access": true, "websocket_streaming": true,

@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 use super::commands::timeout;
 use super::error::{Code, HopxError};
 use super::languages::Language;
-use super::run::{self, Outcome, Program};
+use super::pieces::{self, Outcome};
+use super::run::{self, Program, Running};
 use crate::blocking;
 use crate::logs::rfc3339;
-use crate::memory;
 use crate::process::Process;
 use crate::state::Agent;
 
@@ -102,8 +102,8 @@ pub(super) async fn start(
 
 /// Starts a job and answers as both kinds of background requests do.
 pub(super) fn begin(agent: &Arc<Agent>, program: Program, new: NewJob) -> Result<Value, HopxError> {
-    let running = run::start(agent, program)?;
-    let job = agent.hopx.jobs.add(new, Arc::clone(&running.process));
+    let Running { process, pieces } = run::start(agent, program)?;
+    let job = agent.hopx.jobs.add(new, process);
     let answer = json!({
         "process_id": job.id,
         "execution_id": job.id,
@@ -116,13 +116,11 @@ pub(super) fn begin(agent: &Arc<Agent>, program: Program, new: NewJob) -> Result
         "message": "started in the background",
         "timestamp": rfc3339(SystemTime::now()),
     });
-    let agent = Arc::clone(agent);
     tokio::spawn(async move {
-        let _active = agent.hopx.counters.execution();
         // Its output is in the sandbox's log; here it is only taken, so that the program never waits for a reader.
-        let finished = run::collect(running, &mut |_| {}).await;
-        job.end(finished.outcome, finished.took);
-        memory::release_later();
+        if let Some(finished) = pieces::gather(pieces).await {
+            job.end(finished.outcome, finished.took);
+        }
     });
     Ok(answer)
 }

@@ -19,7 +19,10 @@ mod files;
 mod info;
 mod jobs;
 mod languages;
+mod pieces;
+mod results;
 mod run;
+mod sockets;
 
 use std::sync::Arc;
 
@@ -35,6 +38,7 @@ use tokio::time::Instant;
 use self::counters::Counters;
 use self::error::{Code, HopxError};
 use self::jobs::Jobs;
+use self::results::Results;
 use crate::state::Agent;
 
 /// One JSON body: files travel in them. Uploads have no limit, they are streamed.
@@ -47,6 +51,7 @@ const WORKSPACE: &str = "/workspace";
 pub(crate) struct Hopx {
     counters: Counters,
     jobs: Jobs,
+    results: Results,
 }
 
 impl Hopx {
@@ -72,14 +77,20 @@ pub(crate) fn routes(agent: &Arc<Agent>) -> Router<Arc<Agent>> {
         .route("/processes", get(jobs::list_all))
         .route("/processes/{id}/kill", post(jobs::kill))
         .route("/execute", post(execute::execute))
+        .route("/execute/rich", post(execute::execute))
+        .route("/execute/ipython", post(execute::execute))
+        .route("/jupyter/sessions", get(info::sessions))
         .route("/execute/processes", get(jobs::list))
         .route("/execute/kill/{id}", post(jobs::kill))
         .route("/execute/kill", any(jobs::kill_by_query))
         .route("/execute/background", post(jobs::start))
+        .route("/executions", post(results::start))
+        .route("/executions/{id}", get(results::get))
         .route("/env", get(env::all).put(env::replace).patch(env::merge).delete(env::clear))
         .route("/cache/stats", get(info::cache))
         .route("/cache/clear", post(info::clear_cache))
         .merge(files::routes())
+        .merge(sockets::routes())
         .route("/desktop/{*path}", any(desktop::unavailable))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)

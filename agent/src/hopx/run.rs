@@ -1,4 +1,4 @@
-//! One program from its start to its end, or to its timeout, with all that it printed.
+//! One program from its start to its end, or to its timeout.
 //!
 //! It runs in a task of its own: a client that goes away changes nothing, and a client that waits is answered shortly
 //! after the timeout at the latest.
@@ -7,26 +7,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 
 use super::WORKSPACE;
 use super::error::{Code, HopxError};
+use super::pieces::{self, Decoder, Ended, Finished, Outcome, Piece};
 use crate::blocking;
 use crate::filesystem::ops::{self, Owner};
-use crate::process::exit::Exit;
-use crate::process::output::{Chunk, OutputEvent, Source, Subscription};
+use crate::memory;
+use crate::process::output::{OutputEvent, Source, Subscription};
 use crate::process::spawn::{ProcessConfig, Stdin, Terminal};
 use crate::process::{self, Process, Start};
 use crate::state::Agent;
 use crate::users::{self, User};
 
-/// What is kept of either stream; the rest is counted and dropped.
-const OUTPUT_BYTES_MAX: usize = 8 << 20;
 /// For the last output, and for the news of the end, after a timeout has killed everything.
-const END_MAX: Duration = Duration::from_secs(2);
-/// What shells say of a command that was ended by its timeout, and by a signal.
-const EXIT_TIMED_OUT: i32 = 124;
-const EXIT_SIGNAL_BASE: i32 = 128;
+pub(super) const END_MAX: Duration = Duration::from_secs(2);
+/// How often a program that may run for hours is asked whether it has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// A program to run.
 #[derive(Debug)]
@@ -37,34 +36,12 @@ pub(super) struct Program {
     pub(super) timeout: Duration,
 }
 
-/// How it ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
-    Exited(Exit),
-    TimedOut(Duration),
-}
-
+/// A program that was started.
 #[derive(Debug)]
-pub(super) struct Finished {
-    pub(super) pid: u32,
-    pub(super) stdout: String,
-    pub(super) stderr: String,
-    pub(super) outcome: Outcome,
-    pub(super) took: Duration,
-}
-
-impl Outcome {
-    pub(super) fn exit_code(self) -> i32 {
-        match self {
-            Outcome::Exited(Exit::Code(code)) => code,
-            Outcome::Exited(Exit::Signal { number, .. }) => EXIT_SIGNAL_BASE + number,
-            Outcome::TimedOut(_) => EXIT_TIMED_OUT,
-        }
-    }
-
-    pub(super) fn is_success(self) -> bool {
-        self.exit_code() == 0
-    }
+pub(super) struct Running {
+    pub(super) process: Arc<Process>,
+    /// Its output from the first byte on. Who drops it lets it run.
+    pub(super) pieces: mpsc::Receiver<Piece>,
 }
 
 /// The sandbox's user, as whom everything runs.
@@ -89,29 +66,34 @@ pub(super) async fn workdir(agent: &Agent, asked: Option<String>) -> Result<Stri
     Ok(workdir)
 }
 
-/// A program that was started.
-#[derive(Debug)]
-pub(super) struct Running {
-    pub(super) process: Arc<Process>,
-    /// Sees its output from the first byte on.
-    pub(super) output: Subscription,
-    begun: Instant,
-    timeout: Duration,
-}
-
-/// Starts a program. Its deadline holds whether or not anybody collects its output.
+/// Starts a program. Its deadline holds whether or not anybody takes its output.
 pub(super) fn start(agent: &Arc<Agent>, program: Program) -> Result<Running, HopxError> {
     let user = user(agent)?;
     let (begun, timeout) = (Instant::now(), program.timeout);
-    let deadline = begun.checked_add(timeout);
+    let deadline = begun + timeout;
     let stdin = if program.input.is_some() { Stdin::Open } else { Stdin::Null };
-    let start = Start { config: program.config, terminal: Terminal::Pipes { stdin }, tag: None, deadline };
+    let start = Start { config: program.config, terminal: Terminal::Pipes { stdin }, tag: None, deadline: Some(deadline) };
     let (process, output) = process::start(agent, &agent.identity(), &user, start)?;
     if let Some(input) = program.input {
         tokio::spawn(feed(Arc::clone(&process), input));
     }
     tokio::spawn(end_group_at(Arc::clone(&process), deadline));
-    Ok(Running { process, output, begun, timeout })
+    let (sender, pieces) = pieces::channel();
+    let agent = Arc::clone(agent);
+    tokio::spawn(async move {
+        let _active = agent.hopx.counters.execution();
+        let outcome = forward(output, begun, timeout, &sender).await;
+        drop(sender.send(Piece::Ended(Ended { outcome, took: begun.elapsed() })).await);
+        memory::release_later();
+    });
+    Ok(Running { process, pieces })
+}
+
+/// Runs a program to its end.
+pub(super) async fn to_end(agent: &Arc<Agent>, program: Program) -> Result<(u32, Finished), HopxError> {
+    let Running { process, pieces } = start(agent, program)?;
+    let finished = pieces::gather(pieces).await.ok_or_else(|| HopxError::new(Code::Internal, "the program's end was lost"))?;
+    Ok((process.pid, finished))
 }
 
 /// Writes the input and closes it. A program that does not read it all loses nothing but the rest.
@@ -122,11 +104,9 @@ async fn feed(process: Arc<Process>, input: Vec<u8>) {
 }
 
 /// At the deadline its children end with it: they would go on for nobody, and a repeated request would find them.
-async fn end_group_at(process: Arc<Process>, deadline: Option<Instant>) {
-    let Some(deadline) = deadline else { return };
-    // Looks twice a second whether it has ended by itself, so that a long timeout keeps no record of a short program.
+async fn end_group_at(process: Arc<Process>, deadline: Instant) {
     while Instant::now() < deadline {
-        sleep_until(deadline.min(Instant::now() + Duration::from_millis(500))).await;
+        sleep_until(deadline.min(Instant::now() + LOOK_EVERY)).await;
         if !process.is_running() {
             return;
         }
@@ -145,98 +125,42 @@ pub(super) fn kill_group(process: &Process) {
     let _ = process.send_signal(Signal::KILL);
 }
 
-/// Runs a program to its end, in a task of its own.
-pub(super) async fn to_end(agent: &Arc<Agent>, program: Program) -> Result<Finished, HopxError> {
-    let running = start(agent, program)?;
-    let agent = Arc::clone(agent);
-    let task = tokio::spawn(async move {
-        let _active = agent.hopx.counters.execution();
-        collect(running, &mut |_| {}).await
-    });
-    task.await.map_err(|error| HopxError::new(Code::Internal, error.to_string()))
-}
-
-/// Takes all output until the end; `sink` sees each chunk as it comes.
-pub(super) async fn collect(running: Running, sink: &mut (dyn FnMut(&Chunk) + Send)) -> Finished {
-    let Running { process, mut output, begun, timeout } = running;
+/// Passes output on until the end, which it returns.
+async fn forward(mut output: Subscription, begun: Instant, timeout: Duration, pieces: &mpsc::Sender<Piece>) -> Outcome {
     let end = begun + timeout + END_MAX;
-    let (mut stdout, mut stderr) = (Stream::default(), Stream::default());
+    let (mut stdout, mut stderr) = (Decoder::default(), Decoder::default());
     let exit = loop {
         // Both arms are cancel-safe: an event that was not returned comes with the next call.
         let event = tokio::select! {
             event = output.next() => event,
             () = sleep_until(end) => None,
         };
-        match event {
-            Some(OutputEvent::Chunk(chunk)) => {
-                sink(&chunk);
-                match chunk.source {
-                    Source::Stdout | Source::Pty => stdout.take(&chunk.bytes),
-                    Source::Stderr => stderr.take(&chunk.bytes),
-                }
-            }
+        let piece = match event {
+            Some(OutputEvent::Chunk(chunk)) => match chunk.source {
+                Source::Stdout | Source::Pty => Piece::Stdout(stdout.text_of(&chunk.bytes)),
+                Source::Stderr => Piece::Stderr(stderr.text_of(&chunk.bytes)),
+            },
             Some(OutputEvent::End(exit)) => break Some(exit),
             None => break None,
-        }
+        };
+        // A client that is gone is no reason to stop.
+        drop(pieces.send(piece).await);
     };
-    let took = begun.elapsed();
     let outcome = match exit {
-        Some(exit) if took < timeout || exit.is_normal() => Outcome::Exited(exit),
+        Some(exit) if begun.elapsed() < timeout || exit.is_normal() => Outcome::Exited(exit),
         Some(_) | None => Outcome::TimedOut(timeout),
     };
-    let mut stderr = stderr.text();
-    if let Outcome::TimedOut(timeout) = outcome {
-        stderr.push_str(&timeout_note(timeout));
+    let note = match outcome {
+        Outcome::Exited(_) => String::new(),
+        Outcome::TimedOut(timeout) => timeout_note(timeout),
+    };
+    for rest in [Piece::Stdout(stdout.rest()), Piece::Stderr(stderr.rest() + &note)] {
+        drop(pieces.send(rest).await);
     }
-    Finished { pid: process.pid, stdout: stdout.text(), stderr, outcome, took }
+    outcome
 }
 
-/// Ends what a program that was cut short has printed.
+/// What stands at the end of the errors of something that was cut short.
 pub(super) fn timeout_note(timeout: Duration) -> String {
     format!("timed out after {} s and was killed\n", timeout.as_secs_f64())
-}
-
-/// One stream, as far as it is kept.
-#[derive(Debug, Default)]
-struct Stream {
-    kept: Vec<u8>,
-    dropped: usize,
-}
-
-impl Stream {
-    fn take(&mut self, bytes: &[u8]) {
-        let room = OUTPUT_BYTES_MAX - self.kept.len();
-        let kept = bytes.len().min(room);
-        self.kept.extend_from_slice(&bytes[..kept]);
-        self.dropped += bytes.len() - kept;
-    }
-
-    fn text(self) -> String {
-        let mut text = String::from_utf8_lossy(&self.kept).into_owned();
-        if self.dropped > 0 {
-            text.push_str(&format!("\n[{} more bytes were printed; the limit is {OUTPUT_BYTES_MAX}]\n", self.dropped));
-        }
-        text
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stream_keeps_its_beginning_and_says_what_is_missing() {
-        let mut stream = Stream::default();
-        stream.take(&vec![b'a'; OUTPUT_BYTES_MAX - 1]);
-        stream.take(b"bcd");
-        let text = stream.text();
-        assert!(text.starts_with("aaa") && text[OUTPUT_BYTES_MAX - 1..].starts_with("b\n[2 more bytes"));
-    }
-
-    #[test]
-    fn exit_codes_are_those_of_a_shell() {
-        assert_eq!(Outcome::Exited(Exit::Code(3)).exit_code(), 3);
-        assert_eq!(Outcome::Exited(Exit::Signal { number: 9, core_dumped: false }).exit_code(), 137);
-        assert_eq!(Outcome::TimedOut(Duration::from_secs(1)).exit_code(), 124);
-    }
 }

@@ -224,8 +224,18 @@ impl Context {
 
     async fn run_cell(&mut self, cell: &Cell, outputs: &mpsc::Sender<Output>) -> Ended {
         let set = EnvChange { set: cell.envs.clone(), unset: Vec::new() };
+        // What the sandbox's user has changed since the cell before.
+        let envs = self.agent.identity().envs.clone();
+        let changed = EnvChange::between(&self.envs, &envs);
+        self.envs = envs;
         let Some(kernel) = &mut self.kernel else { return Ended::Lost("it is not there".to_owned()) };
         let begun = async {
+            if !changed.is_empty() {
+                kernel.change_env(&self.facts.language, &changed).await?;
+            }
+            if let Some(cwd) = &cell.cwd {
+                kernel.enter(&self.facts.language, cwd).await?;
+            }
             if !set.is_empty() {
                 kernel.change_env(&self.facts.language, &set).await?;
             }

@@ -129,7 +129,7 @@ async fn execute(State(agent): State<Arc<Agent>>, body: Bytes) -> Result<Respons
         (Some(id), None) => Target::Context(id),
         (None, language) => Target::Language(language.unwrap_or_default()),
     };
-    let cell = Cell { code: request.code, envs: request.env_vars.unwrap_or_default(), time_max: None };
+    let cell = Cell { code: request.code, envs: request.env_vars.unwrap_or_default(), ..Cell::default() };
     let outputs = agent.interpreter.execute(&agent, target, cell)?;
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], stream(outputs)).into_response())
 }

@@ -107,14 +107,18 @@ impl Kernel {
     pub(super) async fn change_env(&mut self, language: &str, change: &EnvChange) -> io::Result<()> {
         match self {
             Kernel::Lines(kernel) => kernel.change_env(change).await,
-            Kernel::Jupyter(kernel) => {
-                let Some(code) = env_code(language, change) else { return Ok(()) };
-                kernel.begin(&code, Visibility::Silent).await?;
-                match kernel.next().await {
-                    Event::Done | Event::Output(_) => Ok(()),
-                    Event::Died(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-                }
-            }
+            Kernel::Jupyter(kernel) => match env_code(language, change) {
+                Some(code) => silently(kernel, &code).await,
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Makes a folder the working directory of the next cells, in languages that are asked for it.
+    pub(super) async fn enter(&mut self, language: &str, folder: &str) -> io::Result<()> {
+        match (self, language) {
+            (Kernel::Jupyter(kernel), "python") => silently(kernel, &format!("__import__('os').chdir({})", json!(folder))).await,
+            (Kernel::Jupyter(_) | Kernel::Lines(_), _) => Ok(()),
         }
     }
 
@@ -132,6 +136,15 @@ impl Kernel {
                 Ok(())
             }
         }
+    }
+}
+
+/// Runs code that counts as no cell.
+async fn silently(kernel: &mut JupyterKernel, code: &str) -> io::Result<()> {
+    kernel.begin(code, Visibility::Silent).await?;
+    match kernel.next().await {
+        Event::Done | Event::Output(_) => Ok(()),
+        Event::Died(_) => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

@@ -36,7 +36,6 @@ pub(crate) use self::context::QueueFull;
 pub(crate) use self::http::enable;
 pub(crate) use self::languages::LanguageError;
 use self::languages::Start;
-#[expect(unused_imports, reason = "the other dialects' view of what a cell puts out")]
 pub(crate) use self::output::{Failure, Output, Printed, Role, Shown};
 use crate::state::Agent;
 
@@ -77,6 +76,8 @@ pub(crate) struct Cell {
     pub(crate) code: String,
     /// Variables for this cell alone.
     pub(crate) envs: BTreeMap<String, String>,
+    /// Where it begins, and cells after it; None leaves that as it is. The folder has to be there.
+    pub(crate) cwd: Option<String>,
     /// It is interrupted then. Without it, it runs until its client goes away.
     pub(crate) time_max: Option<Duration>,
 }
