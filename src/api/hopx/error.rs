@@ -64,6 +64,11 @@ impl HopxError {
         Self { details, ..Self::new(StatusCode::FORBIDDEN, "RESOURCE_LIMIT_EXCEEDED", message) }
     }
 
+    /// For who words it otherwise.
+    pub(super) fn into_parts(self) -> (StatusCode, &'static str, String) {
+        (self.status, self.code, self.message)
+    }
+
     fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
         Self {
             cause: Some(Arc::new(cause)),

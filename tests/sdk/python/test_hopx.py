@@ -1,13 +1,18 @@
 """HopX's unmodified Python SDK on the same server, and one sandbox seen with its SDK and with E2B's."""
 
 import asyncio
+import hmac
+import http.server
 import json
+import threading
+import time
 import urllib.error
 import urllib.request
 
 import pytest
 from hopx_ai import AsyncSandbox, Sandbox
 from hopx_ai.errors import (
+    AgentError,
     AuthenticationError,
     DesktopNotAvailableError,
     FileNotFoundError,
@@ -278,6 +283,48 @@ def test_other_languages_run(shared):
     assert shared.run_code("for i in 1 2; do echo $i; done; cat", language="bash").stdout == "1\n2\n"
 
 
+def test_output_is_streamed_as_it_comes(shared):
+    async def stream():
+        code = "import sys, time; print('one', flush=True); time.sleep(0.3); print('two', file=sys.stderr, flush=True); sys.exit(3)"
+        return [message async for message in shared.run_code_stream(code, env={"A": "1"})]
+
+    messages = asyncio.run(stream())
+    texts = {kind: "".join(message["data"] for message in messages if message["type"] == kind) for kind in ("stdout", "stderr")}
+    assert texts == {"stdout": "one\n", "stderr": "two\n"}
+    assert [message["type"] for message in messages[-2:]] == ["result", "complete"]
+    assert messages[-2]["exit_code"] == 3 and messages[-1]["success"] is False
+
+
+def test_a_terminal_echoes_resizes_and_exits(shared):
+    async def talk():
+        shown = ""
+        async with await shared.terminal.connect() as socket:
+            await shared.terminal.resize(socket, 123, 45)
+            await shared.terminal.send_input(socket, "stty size; echo ü-$GREETING; exit 7\n")
+            async for message in shared.terminal.iter_output(socket):
+                if message["type"] == "exit":
+                    return shown, message["code"]
+                shown += message["data"]
+
+    shown, code = asyncio.run(asyncio.wait_for(talk(), 30))
+    assert "45 123" in shown and "ü-hello" in shown and code == 7
+
+
+def test_changes_of_files_are_watched(shared):
+    async def watch():
+        seen = []
+        async for message in shared.files.watch("/workspace"):
+            if message["type"] == "watching":
+                await asyncio.to_thread(shared.commands.run, "mkdir -p new/deep; echo x > new/deep/file; rm new/deep/file")
+            else:
+                seen.append((message["event"], message["path"]))
+            if seen and seen[-1] == ("deleted", "/workspace/new/deep/file"):
+                return seen
+
+    seen = asyncio.run(asyncio.wait_for(watch(), 30))
+    assert ("created", "/workspace/new") in seen and ("created", "/workspace/new/deep/file") in seen
+
+
 def test_the_agent_tells_of_itself(access, shared):
     assert shared.get_agent_info()["vm_id"] == shared.sandbox_id
     metrics = shared.get_metrics_snapshot()
@@ -287,6 +334,44 @@ def test_the_agent_tells_of_itself(access, shared):
     with urllib.request.urlopen(request, timeout=10) as answer:
         text = answer.read().decode()
     assert "\nhopx_system_memory_total_bytes 1073741824\n" in text and "# TYPE hopx_agent_requests_total counter" in text
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """Takes callbacks; the first one fails, as servers do."""
+
+    calls = []
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.calls.append((self.path, dict(self.headers), body))
+        self.send_response(503 if len(self.calls) == 1 else 200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_end_of_an_execution_is_told_and_signed(shared):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{receiver.server_port}/told?x=1"
+        answer = shared.run_code_async("print('done')", url, callback_headers={"X-Mine": "yes"}, callback_signature_secret="secret")
+        assert (answer["status"], answer["callback_url"]) == ("queued", url)
+        deadline = time.monotonic() + 20
+        while len(Receiver.calls) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        receiver.shutdown()
+    path, headers, body = Receiver.calls[-1]
+    told = json.loads(body)
+    assert path == "/told?x=1" and headers["X-Mine"] == "yes" and abs(int(headers["X-Hopx-Timestamp"]) - time.time()) < 30
+    assert (told["execution_id"], told["status"], told["stdout"]) == (answer["execution_id"], "completed", "done\n")
+    assert headers["X-Hopx-Signature"] == "sha256=" + hmac.new(b"secret", body, "sha256").hexdigest()
+
+
+def test_callbacks_into_private_networks_are_refused(shared):
+    for url in ("http://10.0.0.1/", "http://169.254.169.254/latest/meta-data", "http://[::ffff:10.0.0.1]/", "file:///etc/passwd", "http:///x"):
+        with pytest.raises(AgentError, match="callback_url"):
+            shared.run_code_async("print(1)", url)
 
 
 def test_there_is_no_desktop_and_it_is_said_why(shared):
