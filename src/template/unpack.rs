@@ -13,7 +13,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
@@ -130,7 +130,7 @@ impl Default for HeaderBudget {
 
 impl HeaderBudget {
     /// Reads through to `inner`, as far as the budget goes.
-    pub(super) fn limit<R: Read>(&self, inner: R) -> impl Read + use<R> {
+    pub(super) fn limit<R: Read>(&self, inner: R) -> BudgetReader<R> {
         BudgetReader { inner, left: Rc::clone(&self.0) }
     }
     /// A header comes next.
@@ -143,7 +143,8 @@ impl HeaderBudget {
     }
 }
 
-struct BudgetReader<R> {
+/// What [`HeaderBudget::limit`] makes. Passing over content by seeking costs nothing.
+pub(super) struct BudgetReader<R> {
     inner: R,
     left: Rc<Cell<u64>>,
 }
@@ -154,6 +155,12 @@ impl<R: Read> Read for BudgetReader<R> {
         let left = self.left.get().checked_sub(read as u64);
         self.left.set(left.ok_or_else(|| io::Error::other("the next entry's names and attributes are larger than 1 MiB"))?);
         Ok(read)
+    }
+}
+
+impl<R: Seek> Seek for BudgetReader<R> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.inner.seek(to)
     }
 }
 
@@ -185,12 +192,14 @@ struct Target<'a> {
     /// Folders that hide what is below them.
     opaque: BTreeSet<PathBuf>,
     done: Unpacked,
+    /// Bytes of what is left out: they are no file's, and have an end as well.
+    passed_over: u64,
 }
 
 impl<'a> Target<'a> {
     fn new(rootfs: &'a Path, limits: UnpackLimits) -> Self {
         let made = HashMap::from([(PathBuf::new(), Made::Folder)]);
-        Self { rootfs, limits, made, folders: BTreeMap::new(), opaque: BTreeSet::new(), done: Unpacked::default() }
+        Self { rootfs, limits, made, folders: BTreeMap::new(), opaque: BTreeSet::new(), done: Unpacked::default(), passed_over: 0 }
     }
 
     fn place<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<(), UnpackError> {
@@ -203,7 +212,7 @@ impl<'a> Target<'a> {
         }
         if is_left_out(&path) {
             self.done.left_out += 1;
-            return Ok(());
+            return self.pass_over(entry, &name);
         }
         self.done.entries += 1;
         if self.done.entries > self.limits.entries_max {
@@ -212,7 +221,8 @@ impl<'a> Target<'a> {
         }
         if let Some(mark) = Mark::of(&path).map_err(refused)? {
             self.check_parents(&path).map_err(refused)?;
-            return self.place_mark(&mark).map_err(|source| UnpackError::Write { entry: name, source });
+            self.place_mark(&mark).map_err(|source| UnpackError::Write { entry: name.clone(), source })?;
+            return self.pass_over(entry, &name);
         }
         self.check_place(&path, kind).map_err(refused)?;
         let facts = facts_of(entry).map_err(|problem| refused(&problem))?;
@@ -245,6 +255,19 @@ impl<'a> Target<'a> {
             other => return Err(refused(&format!("entries of type '{}' are not known", char::from(other.as_byte()).escape_default()))),
         };
         written.map_err(|source| UnpackError::Write { entry: name, source })
+    }
+
+    /// Reads the content of an entry that becomes no file: it must not count as the next one's header.
+    fn pass_over<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>, name: &str) -> Result<(), UnpackError> {
+        let room = self.limits.bytes_max.bytes().saturating_sub(self.passed_over);
+        let passed = io::copy(&mut entry.by_ref().take(room.saturating_add(1)), &mut io::sink());
+        let passed = passed.map_err(|source| UnpackError::Damaged { after: name.to_owned(), source })?;
+        if passed > room {
+            let limit = self.limits.bytes_max.to_string();
+            return Err(UnpackError::TooLarge { entry: name.to_owned(), limit, key: "template.import_bytes_max" });
+        }
+        self.passed_over += passed;
+        Ok(())
     }
 
     fn on_disk(&self, path: &Path) -> PathBuf {

@@ -243,24 +243,29 @@ fn follow(client: &Client, requested: &Requested) -> Result<Option<Reason>, Clie
     }
 }
 
-/// A step's headline as docker shows it, anything else below it.
+/// A step's headline as docker shows it, what it prints below it.
 fn shown(entry: &Entry) -> String {
     let message = harmless(&entry.message);
     let (cached, rest) = message.strip_prefix("CACHED ").map_or(("", message.as_str()), |rest| ("CACHED ", rest));
-    match rest.strip_prefix("[builder ") {
-        Some(step) => format!("=> {cached}[{}", without_hash(step)),
-        None if rest.starts_with('[') => format!("=> {cached}{}", without_hash(rest)),
-        None if entry.level == "error" => format!("   ERROR {message}"),
-        None => format!("   {message}"),
+    let numbered = rest.strip_prefix("[builder ").map(|step| format!("[{step}"));
+    match headline(numbered.as_deref().unwrap_or(rest)) {
+        Some(headline) => format!("=> {cached}{headline}"),
+        None if entry.level == "error" => format!("   ERROR {}", without_prefix(rest)),
+        None => format!("   {}", without_prefix(rest)),
     }
 }
 
-/// A headline ends with its cache key, which says nothing to people.
-fn without_hash(headline: &str) -> &str {
-    match headline.rsplit_once(" [") {
-        Some((before, key)) if key.len() > 6 && key.trim_end_matches(']').bytes().all(|b| b.is_ascii_hexdigit()) => before,
-        _ => headline,
-    }
+/// Headlines end with their cache keys, which say nothing to people.
+fn headline(line: &str) -> Option<&str> {
+    let (before, key) = line.rsplit_once(" [")?;
+    let key = key.strip_suffix(']')?;
+    (line.starts_with('[') && key.len() > 6 && key.bytes().all(|b| b.is_ascii_hexdigit())).then_some(before)
+}
+
+/// A line without the part of the build and the stream that it comes from: the headline above says the first.
+fn without_prefix(line: &str) -> &str {
+    let line = line.strip_prefix('[').and_then(|rest| rest.split_once("] ")).map_or(line, |(_, rest)| rest);
+    ["[stdout]: ", "[stderr]: "].iter().find_map(|stream| line.strip_prefix(stream)).unwrap_or(line)
 }
 
 fn failure(reason: &Reason, order: &Value, lines: &Lines) -> String {
@@ -318,6 +323,8 @@ mod tests {
         assert_eq!(shown(&entry("[builder 3/7] RUN make [0123abcd]")), "=> [3/7] RUN make");
         assert_eq!(shown(&entry("CACHED [builder 3/7] RUN a [x] [0123abcd]")), "=> CACHED [3/7] RUN a [x]");
         assert_eq!(shown(&entry("[base] FROM debian [0123abcd]")), "=> [base] FROM debian");
+        assert_eq!(shown(&entry("[base] layer 1/2: 3 MiB")), "   layer 1/2: 3 MiB");
+        assert_eq!(shown(&entry("[builder 3/7] [stdout]: [x] y")), "   [x] y");
         assert_eq!(shown(&entry("output \u{1b}[31mred")), "   output \u{fffd}[31mred");
     }
 

@@ -262,7 +262,7 @@ impl Files {
         let budget = HeaderBudget::default();
         let mut archive = tar::Archive::new(budget.limit(&file));
         let mut entries = HashMap::new();
-        let mut listed = archive.entries().map_err(|error| wrong(error.to_string()))?;
+        let mut listed = archive.entries_with_seek().map_err(|error| wrong(error.to_string()))?;
         loop {
             budget.expect_header();
             let Some(entry) = listed.next() else { break };

@@ -120,6 +120,16 @@ fn a_name_of_many_megabytes_is_not_read_into_memory() {
 }
 
 #[test]
+fn what_is_left_out_may_be_large_and_has_an_end() {
+    let large = tar_of(&[Sample { content: &vec![7; 3 << 20], ..file("dev/x") }, file("after")]);
+    let (folder, outcome) = unpacked(&large, UnpackLimits::default());
+    assert_eq!(outcome.unwrap(), Unpacked { entries: 1, bytes: 1, left_out: 1 });
+    assert!(folder.path().join("rootfs/after").exists());
+    let (_folder, outcome) = unpacked(&large, UnpackLimits { bytes_max: ByteSize::mib(1), entries_max: 10 });
+    assert!(outcome.unwrap_err().to_string().contains("'dev/x' goes beyond 1 MiB"));
+}
+
+#[test]
 fn overlayfs_orders_are_refused() {
     let mut tar = tar::Builder::new(Vec::new());
     tar.append_pax_extensions([("SCHILY.xattr.trusted.overlay.redirect", b"/etc".as_slice())]).unwrap();

@@ -13,6 +13,8 @@ SETTINGS = {
     "novita.idle_timeout_min": "1 s",
     "novita.run_max": "600 s",
     "api.callback_allow": "127.0.0.0/8",
+    # The registry that the tests of images start has no certificate.
+    "template.plain_http_registries": "127.0.0.1",
 }
 
 _real_getaddrinfo = socket.getaddrinfo
