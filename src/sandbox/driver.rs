@@ -492,8 +492,8 @@ impl Driver {
             Waiter::Resume(ask, _) => Some(*ask),
             Waiter::Create(_) | Waiter::Pause(_) | Waiter::Copy(_) | Waiter::Network(..) | Waiter::Kill(_) => None,
         });
-        let default = ResumeAsk { timeout: self.record.spec.lifecycle.timeout, on_timeout: None };
-        asks.reduce(|one, two| ResumeAsk { timeout: one.timeout.max(two.timeout), on_timeout: one.on_timeout.or(two.on_timeout) })
+        let default = ResumeAsk { timeout: self.record.spec.lifecycle.timeout, on_timeout: None, keep: Keep::Memory };
+        asks.reduce(|one, two| ResumeAsk { timeout: one.timeout.max(two.timeout), on_timeout: one.on_timeout.or(two.on_timeout), ..one })
             .unwrap_or(default)
     }
 

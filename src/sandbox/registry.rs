@@ -27,8 +27,8 @@ use super::tokens::{InstallKey, TokenKind};
 use super::workshop::{Workshop, WorkshopError, WorkshopRequest};
 use super::{housekeeping, timers};
 use crate::model::{
-    BuildId, BuildRecord, ByteSize, EndReason, EventKind, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId,
-    SandboxRecord, SandboxSpec, SandboxState,
+    BuildId, BuildRecord, ByteSize, EndReason, EventKind, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord,
+    SandboxSpec, SandboxState,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
@@ -150,7 +150,12 @@ impl Registry {
     /// Makes sure that it runs: a running one is extended, a paused one resumed with end = now + `timeout`. Waits for a
     /// pause under way. Concurrent calls share one resume.
     pub async fn connect(&self, id: SandboxId, timeout: Duration) -> Result<Connected, ConnectError> {
-        self.wake(id, ResumeAsk { timeout, on_timeout: None }).await
+        self.wake(id, ResumeAsk { timeout, on_timeout: None, keep: Keep::Memory }).await
+    }
+
+    /// As connect, but a paused one starts from its files alone: what memory it has is given up, once it can be started.
+    pub async fn boot(&self, id: SandboxId, timeout: Duration) -> Result<Connected, ConnectError> {
+        self.wake(id, ResumeAsk { timeout, on_timeout: None, keep: Keep::FilesOnly }).await
     }
 
     /// As connect for a paused one; `AlreadyRunning` for a running one. `on_timeout` replaces the lifecycle's when given.
@@ -158,7 +163,7 @@ impl Registry {
         if self.get(id)?.state == SandboxState::Running {
             return Err(ConnectError::AlreadyRunning(id));
         }
-        match self.wake(id, ResumeAsk { timeout, on_timeout }).await? {
+        match self.wake(id, ResumeAsk { timeout, on_timeout, keep: Keep::Memory }).await? {
             Connected::Resumed(record) => Ok(*record),
             Connected::WasRunning(_) => Err(ConnectError::AlreadyRunning(id)),
         }

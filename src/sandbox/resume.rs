@@ -76,6 +76,8 @@ pub(super) struct ResumeAsk {
     pub(super) timeout: Duration,
     /// Replaces the lifecycle's when given.
     pub(super) on_timeout: Option<OnTimeout>,
+    /// `FilesOnly`: what memory a paused one has is given up.
+    pub(super) keep: Keep,
 }
 
 /// Why a resume failed; answers everybody who waits. It stays paused.
@@ -138,6 +140,11 @@ impl Driver {
     pub(super) async fn resume(&mut self, ask: &ResumeAsk) -> Result<(), ResumeFailure> {
         let begun = std::time::Instant::now();
         let place = self.core.places.take(self.record.spec.resources)?;
+        // Only now, when it can be started.
+        if ask.keep == Keep::FilesOnly && self.record.snapshot.is_some() {
+            self.record.paused = Some(Keep::FilesOnly);
+            self.forget_dump().await;
+        }
         let before = self.record.clone();
         match self.resume_into(ask, place).await {
             Ok(()) => {
@@ -267,7 +274,7 @@ impl Driver {
         (self.record.state, self.record.paused, self.record.kernel) = (SandboxState::Paused, Some(Keep::Memory), None);
         self.write_row_later();
         self.publish();
-        ResumeAsk { timeout: left, on_timeout: None }
+        ResumeAsk { timeout: left, on_timeout: None, keep: Keep::Memory }
     }
 
     /// Queues the row as it is now. A failure is logged: the next write or the next start mends it.

@@ -5,7 +5,7 @@ use super::core::{Core, Handle, View};
 use super::driver::{Request, answered};
 use super::error::UnknownSandbox;
 use super::resume::{ConnectError, ResumeAsk};
-use crate::model::{AutoResume, SandboxId, SandboxSpec, SandboxState};
+use crate::model::{AutoResume, Keep, SandboxId, SandboxSpec, SandboxState};
 use crate::runtime::Runtime;
 use std::sync::Arc;
 use std::time::Duration;
@@ -99,7 +99,7 @@ pub(super) async fn route(core: &Core, id: SandboxId) -> Result<Route, RouteErro
 fn door(core: &Core, id: SandboxId, view: &View) -> Door {
     let record = &view.record;
     let wakes = record.spec.lifecycle.auto_resume == AutoResume::On;
-    let ask = ResumeAsk { timeout: record.spec.lifecycle.timeout.max(core.config.wake_timeout_min), on_timeout: None };
+    let ask = ResumeAsk { timeout: record.spec.lifecycle.timeout.max(core.config.wake_timeout_min), on_timeout: None, keep: Keep::Memory };
     match (record.state, &view.run) {
         (SandboxState::Running, Some(run)) => Door::Open(Route {
             id,

@@ -6,7 +6,7 @@ use stillbox::model::{AutoResume, ByteSize, DumpKey, Keep, OnTimeout, SandboxId,
 use stillbox::runtime::Finding;
 use stillbox::runtime::Runtime;
 use stillbox::runtime::fake::Verb;
-use stillbox::sandbox::{ConnectError, Full, PauseError, RouteError, SnapshotSync, TokenKind};
+use stillbox::sandbox::{ConnectError, Connected, Full, PauseError, RouteError, SnapshotSync, TokenKind};
 use stillbox::store::snapshots;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -66,6 +66,28 @@ async fn files_only_is_a_cold_boot_with_the_same_tokens_and_another_boot_id() {
     assert_ne!(resumed.boot_id, created.boot_id);
     let init = world.fake.with_agent(id, |agent| agent.inits.last().cloned().unwrap()).unwrap();
     assert_eq!((&init["accessToken"], &init["bootId"]), (&registry.token(TokenKind::EnvdAccess, id).into(), &resumed.boot_id.into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_boot_gives_the_memory_up_and_keeps_the_files_and_leaves_a_running_one_alone() {
+    let world = World::with(|config| config.running_max = 1).await;
+    let created = world.create().await;
+    let id = created.id;
+    world.mark(id, "kept");
+    let running = world.registry().boot(id, MINUTE).await.unwrap();
+    assert!(matches!(running, Connected::WasRunning(_)), "{running:?}");
+    assert_eq!(world.marks(id), (Some("kept".into()), "kept".into()));
+    world.registry().pause(id, Keep::Memory).await.unwrap();
+    let other = world.create().await.id;
+    let full = world.registry().boot(id, MINUTE).await.unwrap_err();
+    assert!(matches!(full, ConnectError::TooMany { .. }), "{full}");
+    assert_eq!(world.registry().get(id).unwrap().paused, Some(Keep::Memory), "given up for nothing");
+    world.registry().kill(other).await.unwrap();
+    let booted = world.registry().boot(id, MINUTE).await.unwrap();
+    let Connected::Resumed(record) = booted else { panic!("{booted:?}") };
+    assert_eq!(world.marks(id), (None, "kept".into()));
+    assert_ne!(record.boot_id, created.boot_id);
+    assert_eq!((world.snapshot_folders(), world.row(id).await.snapshot), (vec![], None));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -54,24 +54,16 @@ pub(super) async fn connect(
     OptionalJson(asked): OptionalJson<wire::Connect>,
 ) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
     let timeout = ask::end_of_life(asked.timeout.unwrap_or(CONNECT_TIMEOUT_S), state.config.timeout_max)?;
-    refuse_cold_resume(&state, id, asked.memory)?;
-    let (status, record) = match state.registry.connect(id, timeout).await? {
+    // `memory: false` asks for a cold boot of what was paused with memory; a running one is left alone.
+    let connected = match asked.memory {
+        Some(false) => state.registry.boot(id, timeout).await?,
+        Some(true) | None => state.registry.connect(id, timeout).await?,
+    };
+    let (status, record) = match connected {
         Connected::WasRunning(record) => (StatusCode::OK, record),
         Connected::Resumed(record) => (StatusCode::CREATED, record),
     };
     Ok((status, Json(sandboxes::sandbox(&state, *record))))
-}
-
-/// `memory: false` asks for a cold boot of what was paused with memory. E2B lets servers refuse that, and forbids them
-/// to restore the memory instead.
-fn refuse_cold_resume(state: &ApiState, id: SandboxId, memory: Option<bool>) -> Result<(), ApiError> {
-    let keeps_memory = memory == Some(false) && state.registry.get(id)?.paused == Some(Keep::Memory);
-    match keeps_memory {
-        true => {
-            Err(ApiError::not_served("connect with memory: false", "the sandbox was paused with its memory; connect without the field"))
-        }
-        false => Ok(()),
-    }
 }
 
 /// `POST /sandboxes/{id}/resume`, of old clients.
