@@ -95,9 +95,14 @@ impl<'a> Frozen<'a> {
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        // SAFETY: an open descriptor; the argument is ignored. Failure means that it is not frozen, which is the goal.
-        unsafe { libc::ioctl(self.0.as_raw_fd(), FITHAW, 0) };
+        thaw(self.0);
     }
+}
+
+/// Lets the writers of the file system that `folder` is on go on, whoever froze it.
+pub fn thaw(folder: BorrowedFd<'_>) {
+    // SAFETY: an open descriptor; the argument is ignored. Failure means that it is not frozen, which is the goal.
+    unsafe { libc::ioctl(folder.as_raw_fd(), FITHAW, 0) };
 }
 
 /// Writes all dirty data of the file system that `folder` is on.

@@ -3,7 +3,7 @@
 use super::super::disk::copy_image;
 use super::super::{AfterDump, DUMPED_FILE, Dumped};
 use super::criu::{self, DumpOptions, HookError, place};
-use super::{HelperStep, Operation};
+use super::{AtWork, HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
 use crate::sys::disk::Frozen;
@@ -55,6 +55,7 @@ impl Operation for Dump {
             after: self.after,
             deadline: self.deadline,
         };
+        let _criu_at_work = AtWork::of_criu(&self.folder).map_err(HelperStep::wrap("marking CRIU at work"))?;
         let began = Instant::now();
         let mut dumped = None;
         let report = criu::dump(&options, || {

@@ -14,10 +14,11 @@ pub(crate) mod restore;
 
 use super::layout::SandboxFolder;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
@@ -75,27 +76,42 @@ struct AtWork {
 
 impl AtWork {
     fn begin(folder: &SandboxFolder) -> io::Result<Self> {
-        let lock = Flock::lock(open_lock(folder)?, FlockArg::LockExclusive).map_err(|(_, errno)| io::Error::from(errno))?;
+        let lock = Flock::lock(open_lock(folder, HELPER_LOCK)?, FlockArg::LockExclusive).map_err(|(_, errno)| io::Error::from(errno))?;
+        Ok(Self { _lock: lock })
+    }
+
+    /// The same for the CRIU of a dump, which inherits this: it goes on to undo its work when its helper is killed.
+    fn of_criu(folder: &SandboxFolder) -> io::Result<Self> {
+        let lock = Flock::lock(open_lock(folder, CRIU_LOCK)?, FlockArg::LockExclusive).map_err(|(_, errno)| io::Error::from(errno))?;
+        fcntl(lock.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
         Ok(Self { _lock: lock })
     }
 }
 
-fn open_lock(folder: &SandboxFolder) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.path().join("helper.lock"))
+const HELPER_LOCK: &str = "helper.lock";
+const CRIU_LOCK: &str = "criu.lock";
+
+fn open_lock(folder: &SandboxFolder, name: &str) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.path().join(name))
 }
 
-/// Returns when no helper is at work on the sandbox. Blocks for at most `limit`.
+/// Returns when no helper, and no CRIU that lost its helper, is at work on the sandbox. Blocks for at most `limit`.
 pub(crate) fn wait_until_idle(folder: &SandboxFolder, limit: Duration) -> io::Result<()> {
     if !folder.path().exists() {
         return Ok(());
     }
     let deadline = Instant::now() + limit;
-    let mut lock = open_lock(folder)?;
+    wait_for_lock(folder, HELPER_LOCK, deadline)?;
+    wait_for_lock(folder, CRIU_LOCK, deadline)
+}
+
+fn wait_for_lock(folder: &SandboxFolder, name: &str, deadline: Instant) -> io::Result<()> {
+    let mut lock = open_lock(folder, name)?;
     loop {
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(_) => return Ok(()),
             Err((_, Errno::EWOULDBLOCK)) if Instant::now() > deadline => {
-                let waited = format!("a runtime helper is still at work in {} after {} s", folder.path().display(), limit.as_secs());
+                let waited = format!("{} of a runtime helper is still locked in {}", name, folder.path().display());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, waited));
             }
             Err((file, Errno::EWOULDBLOCK)) => lock = file,

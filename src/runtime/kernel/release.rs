@@ -5,13 +5,17 @@ use super::{BoxError, Kernel, Shared, step};
 use crate::model::SandboxId;
 use crate::runtime::disk::{DiskKind, sync_image};
 use crate::runtime::helper;
+use crate::runtime::layout::SandboxFolder;
 use crate::runtime::restored;
 use crate::runtime::rootfs::{DiskNext, unmount_root};
 use crate::runtime::{RuntimeError, WrittenFiles};
+use crate::sys::disk::thaw;
 use crate::sys::loop_device;
 use crate::sys::mount::NewFilesystem;
 use std::collections::{BTreeSet, HashSet};
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 impl Kernel {
@@ -68,12 +72,15 @@ impl Shared {
     /// A helper that is at work on this sandbox has the lock of its folder. Returns when it is done, at the latest when
     /// a server would have killed it.
     pub(super) fn wait_for_helper(&self, id: SandboxId) -> io::Result<()> {
-        helper::wait_until_idle(&self.layout.sandbox(id), self.config.helper_time_max)
+        helper::wait_until_idle(&self.layout.sandbox(id), self.config.helper_time_max)?;
+        thaw_disk(&self.layout.sandbox(id))
     }
 
     pub(super) fn release_blocking(&self, id: SandboxId, next: DiskNext) -> Result<(), BoxError> {
         let folder = self.layout.sandbox(id);
         let cgroup = self.cgroups.of(id);
+        // Who writes to a disk that holds still cannot even be killed.
+        thaw_disk(&folder)?;
         cgroup.kill_all()?;
         self.wait_for_helper(id)?;
         // What a helper started between the two.
@@ -113,6 +120,19 @@ impl Shared {
         let loops = loop_device::below(&sandboxes).unwrap_or_default();
         found.extend(loops.iter().filter_map(|(_, path)| of_path(path)));
         found
+    }
+}
+
+/// A helper that was killed while it copied the disk left it holding still.
+fn thaw_disk(folder: &SandboxFolder) -> io::Result<()> {
+    let mount = folder.disk_mount();
+    match (std::fs::metadata(&mount), std::fs::metadata(folder.path())) {
+        // Only its own file system; without one, the folder lies on the host's.
+        (Ok(disk), Ok(host)) if disk.dev() != host.dev() => {
+            thaw(std::fs::File::open(mount)?.as_fd());
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 

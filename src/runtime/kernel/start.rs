@@ -208,7 +208,17 @@ impl Kernel {
             folder,
         };
         drop(live);
-        let dumped = self.helper(&dump).await.map_err(step(id, "dumping its processes"))?;
+        let dumped = match self.helper(&dump).await {
+            Ok(dumped) => dumped,
+            Err(error) => {
+                // A helper that was killed leaves a CRIU that undoes its work, and perhaps a disk that holds still.
+                let undone = self.blocking(move |shared| shared.wait_for_helper(id)).await;
+                if let Err(error) = undone {
+                    tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "The dump of sandbox {id} is not undone");
+                }
+                return Err(step(id, "dumping its processes")(error));
+            }
+        };
         match request.after {
             // The dump stands, whatever clings to the disk: the next start waits for that, and says so if in vain.
             AfterDump::Stop => {

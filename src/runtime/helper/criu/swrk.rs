@@ -66,10 +66,12 @@ pub(super) struct Swrk {
 }
 
 impl Swrk {
-    /// Starts CRIU as a child that dies with this process. The folders of a request are opened by this process:
+    /// Starts CRIU as a child. One that restores dies with this process, and what it began is nobody's. One that dumps
+    /// does not: killed while it works in a task it would take that task along; left alone, it meets the end of this
+    /// conversation at its next stop and undoes its work. The folders of a request are opened by this process:
     /// CRIU reads them through /proc/PID/fd of the socket's maker.
     pub(super) fn start(criu: &Path, verb: Verb, work: &Path, seat: &Seat, deadline: Duration) -> Result<Swrk, CriuError> {
-        let (process, socket) = spawn(criu, seat).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
+        let (process, socket) = spawn(criu, verb, seat).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
         let log = work.join(verb.log_name());
         Ok(Swrk { process, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
     }
@@ -172,7 +174,7 @@ impl Drop for Swrk {
 }
 
 /// CRIU's pidfd and our end of the conversation.
-fn spawn(criu: &Path, seat: &Seat) -> io::Result<(OwnedFd, OwnedFd)> {
+fn spawn(criu: &Path, verb: Verb, seat: &Seat) -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     // The helper has one thread, so nothing else can be spawned between this and the end of the function.
     fcntl(theirs.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
@@ -183,7 +185,10 @@ fn spawn(criu: &Path, seat: &Seat) -> io::Result<(OwnedFd, OwnedFd)> {
         Seat::Here => {
             let mut command = Command::new(criu);
             command.args(arguments).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            let child = die_with_parent(&mut command).spawn()?;
+            if verb == Verb::Restore {
+                die_with_parent(&mut command);
+            }
+            let child = command.spawn()?;
             process::open_pidfd(i32::try_from(child.id()).map_err(io::Error::other)?)?
         }
         Seat::Cgroup(folder) => {
