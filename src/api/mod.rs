@@ -15,7 +15,7 @@ mod novita;
 
 pub use novita::NovitaConfig;
 
-use crate::model::ByteSize;
+use crate::model::{ByteSize, EgressTarget};
 use crate::sandbox::Registry;
 use crate::template::Templates;
 use crate::template::build::Builds;
@@ -40,6 +40,8 @@ pub struct ApiConfig {
     pub body_bytes_max: ByteSize,
     /// How long a request body may take to arrive.
     pub body_time_max: Duration,
+    /// Private blocks that callbacks may go to, beside the public internet.
+    pub callback_allow: Vec<EgressTarget>,
     /// What only Novita's dialect knows.
     pub novita: NovitaConfig,
 }
@@ -59,6 +61,7 @@ impl ApiConfig {
             timeout_max: Duration::from_secs(24 * 3600),
             body_bytes_max: ByteSize::mib(8),
             body_time_max: Duration::from_secs(60),
+            callback_allow: Vec::new(),
             novita: NovitaConfig::default(),
         }
     }
@@ -72,13 +75,15 @@ pub struct ApiState {
     builds: Builds,
     config: Arc<ApiConfig>,
     keys: Arc<Keys>,
+    callbacks: hopx::Callbacks,
 }
 
 impl ApiState {
     /// The state of one server.
     pub fn new(registry: Registry, templates: Templates, builds: Builds, config: ApiConfig) -> Self {
         let keys = Arc::new(Keys::of(&config.keys));
-        Self { registry, templates, builds, config: Arc::new(config), keys }
+        let callbacks = hopx::Callbacks::new(&config.callback_allow);
+        Self { registry, templates, builds, config: Arc::new(config), keys, callbacks }
     }
 }
 

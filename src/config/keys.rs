@@ -31,6 +31,7 @@ keys! {
     "api.body_bytes_max" => |c, v| c.api.body_bytes_max = v.size()?;
     "novita.run_max" => |c, v| c.api.novita.run_max = v.duration()?;
     "novita.idle_timeout_min" => |c, v| c.api.novita.idle_timeout_min = v.duration()?;
+    "api.callback_allow" => |c, v| c.api.callback_allow = targets(v)?;
     "api.body_time_max" => |c, v| c.api.body_time_max = v.duration()?;
     "proxy.connections_max" => |c, v| c.proxy.connections_max = v.whole(16, 1_000_000)?;
     "proxy.client_idle_max" => |c, v| c.proxy.client_idle_max = v.duration()?;
@@ -200,6 +201,10 @@ fn blocks(value: &Value) -> Result<Vec<String>, String> {
         }
     }
     Ok(list)
+}
+
+fn targets(value: &Value) -> Result<Vec<crate::model::EgressTarget>, String> {
+    blocks(value)?.iter().map(|block| block.parse().map_err(|error: crate::model::ParseTargetError| error.to_string())).collect()
 }
 
 fn addresses(value: &Value) -> Result<Vec<std::net::IpAddr>, String> {

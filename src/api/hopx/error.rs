@@ -64,14 +64,15 @@ impl HopxError {
         Self { details, ..Self::new(StatusCode::FORBIDDEN, "RESOURCE_LIMIT_EXCEEDED", message) }
     }
 
+    /// For who words it otherwise.
+    pub(super) fn into_parts(self) -> (StatusCode, &'static str, String) {
+        (self.status, self.code, self.message)
+    }
+
     fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
         Self {
             cause: Some(Arc::new(cause)),
-            ..Self::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "INTERNAL_ERROR",
-                "internal error; the server's log has more under the request id",
-            )
+            ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL_ERROR", "internal error; the server's log has more under the request id")
         }
     }
 }

@@ -5,14 +5,20 @@
 //! the proxy lets its requests through to the agent.
 
 mod ask;
+mod callback;
 mod error;
+mod executions;
+mod inside;
 mod lifecycle;
 mod list;
 mod new_sandbox;
 mod public_host;
+mod reachable;
 mod sandboxes;
 mod templates;
 mod wire;
+
+pub(super) use executions::Callbacks;
 
 use super::ApiState;
 use axum::Router;
@@ -38,6 +44,8 @@ pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
         .route("/v1/{*path}", any(unknown))
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), require_key))
+        // Has the sandbox's own token instead of the key.
+        .route("/v1/sandboxes/{id}/execute/async", post(executions::start))
         // Outermost, so that it words the errors of all others.
         .layer(from_fn(error::word))
 }
