@@ -12,6 +12,11 @@ use std::process::ExitCode;
 
 pub use deep::{DeepError, DeepReport};
 
+/// Where `stillbox hosts` writes names, and the line before them.
+pub const HOSTS_FILE: &str = "/etc/hosts";
+/// See [`HOSTS_FILE`].
+pub const HOSTS_BEGIN: &str = "# stillbox: begin";
+
 /// What one probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {

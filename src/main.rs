@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -13,6 +14,11 @@ fn main() -> ExitCode {
         && runtime == "runtime"
     {
         return stillbox::runtime::helper::main::main(&verb.to_string_lossy(), arguments);
+    }
+    // A link of this name is Novita's command line.
+    let called = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&called).file_name().is_some_and(|name| name == stillbox::cli::NOVITA_NAME) {
+        return stillbox::cli::run_novita(stillbox::cli::NovitaArguments::parse());
     }
     stillbox::cli::run(stillbox::cli::Arguments::parse())
 }

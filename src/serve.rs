@@ -8,13 +8,14 @@ use crate::config::{ApiKey, Config, Listen, LogFormat};
 use crate::proxy::{self, Proxy, ProxyConfig, tls};
 use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
+use crate::runtime::network::Front;
 use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::build::{Builds, BuildsMeans};
 use crate::template::{self, Resolved, Templates, Thoroughness};
 use std::fs;
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -77,6 +78,8 @@ pub enum ServeError {
     Setup(#[source] io::Error),
 }
 
+const HTTPS_PORT: u16 = 443;
+
 /// Serves until SIGTERM or SIGINT. Sandboxes that run then run on; the next server takes them over.
 pub fn run(config: Config) -> Result<(), ServeError> {
     start_logging(&config);
@@ -94,7 +97,11 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     let store = Store::open(&config.data_dir)?;
     let install = install::read_or_make(&config.data_dir)?;
     let key = api_key(&config)?;
-    let tls = certificates(&config, &install.instance.to_string())?;
+    let (tls, ca_pem) = certificates(&config, &install.instance.to_string())?;
+    let front = front(&config);
+    config.sandbox.ca_pem = Some(ca_pem);
+    config.sandbox.localhost_port = front.domain.ends_with(".localhost").then_some(front.port);
+    config.runtime.network.front = Some(front);
     let templates = Templates::open(config.template.clone(), store.clone());
     templates.ensure_built_in("base", |line| info!("Template base: {line}")).await?;
     let built_ins = templates.adopt_built_ins().await?;
@@ -184,15 +191,30 @@ fn start_logging(config: &Config) {
     };
 }
 
-/// Our authority, its bundle for clients, and the leaf for the domain.
-fn certificates(config: &Config, instance: &str) -> Result<Arc<rustls::ServerConfig>, ServeError> {
+/// Our authority, its bundle for clients, and the leaf for the domain; with the authority's certificate, for sandboxes.
+fn certificates(config: &Config, instance: &str) -> Result<(Arc<rustls::ServerConfig>, String), ServeError> {
     let authority = tls::Authority::open(&config.data_dir, instance)?;
     tls::write_bundle(&authority, &config.data_dir.join("tls/bundle.pem"))?;
-    Ok(tls::server_config(authority, &config.domain)?)
+    let pem = authority.pem().to_owned();
+    Ok((tls::server_config(authority, &config.domain)?, pem))
 }
 
 fn api_config(config: &Config, key: ApiKey) -> ApiConfig {
     ApiConfig { keys: vec![key.0], domain: config.domain.clone(), timeout_max: config.sandbox.timeout_max, ..config.api.clone() }
+}
+
+/// Where this server's public URLs are: the domain's port, and the listener behind it. A domain whose port leads through
+/// something else before it comes here is served directly to sandboxes.
+fn front(config: &Config) -> Front {
+    let (domain, port) = match config.domain.rsplit_once(':') {
+        Some((domain, port)) => (domain, port.parse().unwrap_or(HTTPS_PORT)),
+        None => (config.domain.as_str(), HTTPS_PORT),
+    };
+    let mut server = config.tls_listen.addresses[0];
+    if server.ip().is_unspecified() {
+        server.set_ip(if server.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    Front { domain: domain.to_owned(), port, server }
 }
 
 fn spawn_listeners(

@@ -31,8 +31,8 @@ pub enum ServeError {
 
 /// One socket for both families, or IPv4 alone where the sandbox has no IPv6.
 pub fn listen(port: u16) -> Result<TcpListener, ServeError> {
-    let both = listening_socket(AddressFamily::INET6, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
-    let listener = both.or_else(|_| listening_socket(AddressFamily::INET, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))));
+    let both = listening_socket(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+    let listener = both.or_else(|_| listening_socket(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))));
     listener.map_err(|source| ServeError::Listen { port, source })
 }
 
@@ -52,7 +52,9 @@ pub fn serve(control_secret: String, path: String, listener: TcpListener) -> Res
     })
 }
 
-fn listening_socket(family: AddressFamily, address: SocketAddr) -> io::Result<TcpListener> {
+/// A socket that listens there, for tokio to take. One on IPv6's unspecified address takes IPv4 as well.
+pub(crate) fn listening_socket(address: SocketAddr) -> io::Result<TcpListener> {
+    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if family == AddressFamily::INET6 {

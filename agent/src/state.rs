@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::filesystem::watchers::Watchers;
 use crate::hopx::Hopx;
+use crate::init::front::FrontDoor;
 use crate::interpreter::Interpreter;
 use crate::logs::Log;
 use crate::metrics::CpuMeter;
@@ -26,6 +27,7 @@ pub(crate) struct Agent {
     pub(crate) cpu_meter: CpuMeter,
     pub(crate) interpreter: Interpreter,
     pub(crate) hopx: Hopx,
+    pub(crate) front: FrontDoor,
 }
 
 /// Which sandbox this is. Taken whole by a request when it begins, so that an /init in between changes nothing for it.
@@ -82,6 +84,7 @@ impl Agent {
             watchers: Watchers::default(),
             interpreter: Interpreter::default(),
             hopx: Hopx::default(),
+            front: FrontDoor::default(),
         })
     }
 

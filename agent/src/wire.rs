@@ -1,6 +1,7 @@
 //! What the host and the agent say to each other besides envd's public wire: serde types and names, no behaviour.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +60,9 @@ pub struct InitRequest {
     /// CAs that the sandbox trusts beside the image's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_bundle_pem: Option<String>,
+    /// Where programs inside look for `*.localhost`, and where it really is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub front: Option<Front>,
     pub generation: u64,
     /// Base64 of 32 random bytes, mixed into the kernel's pool.
     pub entropy: String,
@@ -70,6 +74,16 @@ pub struct InitRequest {
     /// Value of E2B_EVENTS_ADDRESS; the variable is absent without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub events_address: Option<String>,
+}
+
+/// The server's HTTPS as the sandbox sees it. Names below `.localhost` lead programs to their own loopback, by RFC 6761
+/// and without asking anybody: the agent listens there and passes everything on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Front {
+    /// The port on loopback that the agent takes.
+    pub port: u16,
+    /// Where its connections go: the slot's address, which serves the same port.
+    pub to: SocketAddr,
 }
 
 /// Level of a [`LogEntry`], as E2B's log API spells it.

@@ -70,13 +70,18 @@ impl Client {
                 text.trim().to_owned()
             }
         };
-        let agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_connect(Some(Duration::from_secs(5)))
-            .user_agent(concat!("stillbox-cli/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .into();
+        let agent = agent(concat!("stillbox-cli/", env!("CARGO_PKG_VERSION")));
         Ok(Self { agent, base: base_url(config), key })
+    }
+
+    /// The same under another user agent, which is how the server tells dialects apart.
+    pub fn named(self, user_agent: &str) -> Self {
+        Self { agent: agent(user_agent), ..self }
+    }
+
+    /// The same for the server at this URL.
+    pub fn at(self, url: &str) -> Self {
+        Self { base: url.trim_end_matches('/').to_owned(), ..self }
     }
 
     /// The same server and key, for another thread.
@@ -154,6 +159,15 @@ impl Client {
         let text = body.with_config().limit(BODY_BYTES_MAX).read_to_string().map_err(|error| garbled(error.to_string()))?;
         serde_json::from_str(&text).map_err(|error| garbled(error.to_string()))
     }
+}
+
+fn agent(user_agent: &str) -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_connect(Some(Duration::from_secs(5)))
+        .user_agent(user_agent)
+        .build()
+        .into()
 }
 
 /// Whose agent is spoken to, and as whom.

@@ -5,6 +5,8 @@ mod demo;
 mod disk;
 mod env;
 mod exec;
+mod hosts;
+mod novita;
 mod output;
 mod sandbox;
 mod template;
@@ -17,6 +19,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 pub use client::{Client, ClientError};
+pub use novita::{NAME as NOVITA_NAME, NovitaArguments, run_novita};
 
 /// Sandboxes for untrusted code on one Linux machine, for the E2B, Novita and HopX SDKs.
 #[derive(Debug, Parser)]
@@ -93,6 +96,8 @@ enum Command {
     Demo,
     /// Print the settings that an SDK needs, for eval "$(stillbox env)"
     Env(env::EnvArguments),
+    /// Lead this server's names, and clouds' names on request, to this machine by /etc/hosts
+    Hosts(hosts::HostsArguments),
     /// List, create, use and end sandboxes
     #[command(subcommand, visible_alias = "sbx")]
     Sandbox(sandbox::SandboxCommand),
@@ -109,12 +114,7 @@ enum Command {
 pub fn run(arguments: Arguments) -> ExitCode {
     let config = match arguments.settings.load() {
         Ok(config) => config,
-        Err(errors) => {
-            for problem in errors.0 {
-                eprintln!("stillbox: {}: {}", problem.origin, problem.what);
-            }
-            return ExitCode::from(2);
-        }
+        Err(errors) => return report_config(&errors),
     };
     let outcome = match arguments.command {
         Command::Serve { template_archive } => {
@@ -125,11 +125,25 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Command::Doctor { deep } => Ok(doctor::run(&config, if deep { Deep::Yes } else { Deep::No })),
         Command::Demo => demo::run(&config),
         Command::Env(arguments) => env::run(&config, &arguments),
+        Command::Hosts(arguments) => hosts::run(&config, &arguments),
         Command::Df => disk::df(&config),
         Command::Gc => disk::gc(&config),
         Command::Sandbox(command) => sandbox::run(&config, command),
         Command::Template(command) => template::run(&config, command),
     };
+    report(outcome)
+}
+
+/// All problems of the configuration, one line each.
+fn report_config(errors: &ConfigErrors) -> ExitCode {
+    for problem in &errors.0 {
+        eprintln!("stillbox: {}: {}", problem.origin, problem.what);
+    }
+    ExitCode::from(2)
+}
+
+/// The exit code; what went wrong is told with its causes.
+fn report(outcome: Outcome) -> ExitCode {
     outcome.unwrap_or_else(|error| {
         eprintln!("stillbox: {error}");
         let mut source = error.source();

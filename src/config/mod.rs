@@ -92,6 +92,8 @@ impl Default for Config {
             sandbox: SandboxConfig {
                 data_dir: PathBuf::from("/var/lib/stillbox"),
                 nameservers: Vec::new(),
+                ca_pem: None,
+                localhost_port: None,
                 timeout_max: Duration::from_secs(24 * 3600),
                 running_max: 100,
                 cpus_max: 1000,

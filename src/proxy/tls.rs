@@ -12,7 +12,7 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -129,7 +129,7 @@ impl Authority {
 /// The TLS side of the HTTPS listener for sandboxes below `domain`, which may carry a port. HTTP/1.1 only.
 pub fn server_config(authority: Authority, domain: &str) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let names = leaf_names(super::Domain::of(domain).as_str());
-    let leaves = Leaves { leaf: Mutex::new(authority.leaf(&names)?), authority, names };
+    let leaves = Leaves { own: Mutex::new(authority.leaf(&names)?), clouds: Mutex::default(), authority, names };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let versions = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().map_err(TlsError::Rustls)?;
     let mut config = versions.with_no_client_auth().with_cert_resolver(Arc::new(leaves));
@@ -174,11 +174,19 @@ struct Leaf {
     renew_at: OffsetDateTime,
 }
 
-/// Shows one leaf to everybody and makes a new one in time.
+/// The clouds whose SDKs this server speaks to. A client that cannot be told another name finds it under theirs, on a
+/// machine that resolves them so (`stillbox hosts`) and trusts our authority: both are its owner's doing.
+const CLOUDS: [&str; 4] = ["e2b.app", "e2b.dev", "novita.ai", "hopx.dev"];
+/// Leaves for those; names come from whoever connects.
+const CLOUD_LEAVES_MAX: usize = 256;
+
+/// Shows the leaf for our own names, and to who asks for a cloud's name one for that. Makes new ones in time.
 struct Leaves {
     authority: Authority,
     names: Vec<String>,
-    leaf: Mutex<Leaf>,
+    own: Mutex<Leaf>,
+    /// By the domain that the leaf's wildcard stands for.
+    clouds: Mutex<BTreeMap<String, Leaf>>,
 }
 
 impl std::fmt::Debug for Leaves {
@@ -188,8 +196,17 @@ impl std::fmt::Debug for Leaves {
 }
 
 impl ResolvesServerCert for Leaves {
-    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let mut leaf = self.leaf.lock().unwrap_or_else(PoisonError::into_inner);
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        match hello.server_name().and_then(cloud_domain) {
+            Some(domain) => self.of_cloud(domain),
+            None => self.own(),
+        }
+    }
+}
+
+impl Leaves {
+    fn own(&self) -> Option<Arc<CertifiedKey>> {
+        let mut leaf = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         if leaf.renew_at <= OffsetDateTime::now_utc() {
             match self.authority.leaf(&self.names) {
                 Ok(renewed) => *leaf = renewed,
@@ -198,6 +215,34 @@ impl ResolvesServerCert for Leaves {
         }
         Some(Arc::clone(&leaf.key))
     }
+
+    /// A certificate's `*` stands for one label, so each domain below a cloud's has a leaf of its own.
+    fn of_cloud(&self, domain: &str) -> Option<Arc<CertifiedKey>> {
+        let mut leaves = self.clouds.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leaf) = leaves.get(domain).filter(|leaf| leaf.renew_at > OffsetDateTime::now_utc()) {
+            return Some(Arc::clone(&leaf.key));
+        }
+        if leaves.len() >= CLOUD_LEAVES_MAX {
+            leaves.clear();
+        }
+        match self.authority.leaf(&[format!("*.{domain}"), domain.to_owned()]) {
+            Ok(leaf) => {
+                let key = Arc::clone(&leaf.key);
+                leaves.insert(domain.to_owned(), leaf);
+                Some(key)
+            }
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "Could not make a TLS certificate for *.{domain}");
+                None
+            }
+        }
+    }
+}
+
+/// What stands behind the first label of a cloud's name.
+fn cloud_domain(name: &str) -> Option<&str> {
+    let (_, domain) = name.split_once('.')?;
+    CLOUDS.iter().any(|cloud| domain.strip_suffix(cloud).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))).then_some(domain)
 }
 
 fn new_authority(instance: &str, key: &KeyPair) -> Result<String, TlsError> {

@@ -16,6 +16,7 @@
 
 mod dns;
 mod foreign;
+mod front;
 mod gate;
 mod host;
 mod inner;
@@ -31,11 +32,13 @@ mod sniff;
 mod socks;
 mod subnet;
 
+pub use front::Front;
 pub use inner::InnerNetwork;
 
 use crate::model::{InstanceId, NetworkPolicy, SandboxId};
 use crate::sys::netns::{Netns, SocketFactory, SocketKind};
 use dns::Upstreams;
+use front::OwnNames;
 use host::{Host, Leftovers};
 use pool::{Lent, Pool, Taken};
 use record::Record;
@@ -76,11 +79,22 @@ pub struct NetworkConfig {
     pub allow_private: Vec<String>,
     /// Name servers that sandboxes' questions are forwarded to; empty: those of the host's /etc/resolv.conf.
     pub dns_upstreams: Vec<IpAddr>,
+    /// Where this server's public URLs are; unset: sandboxes do not reach them.
+    #[serde(skip)]
+    pub front: Option<Front>,
 }
 
 impl Default for NetworkConfig {
     fn default() -> Self {
-        Self { subnet: None, pool_slots: 4, slots_max: 4096, deny_private: true, allow_private: Vec::new(), dns_upstreams: Vec::new() }
+        Self {
+            subnet: None,
+            pool_slots: 4,
+            slots_max: 4096,
+            deny_private: true,
+            allow_private: Vec::new(),
+            dns_upstreams: Vec::new(),
+            front: None,
+        }
     }
 }
 
@@ -192,7 +206,8 @@ impl Network {
         let sockets = SocketFactory::start().map_err(step("starting the socket factory"))?;
         let (inner, gateway) = (INNER_ADDRESS, INNER_GATEWAY);
         let (addresses, mtu, private_exceptions) = (host.addresses, host.mtu, host.private_exceptions.clone());
-        let plan = SlotPlan { instance, home, pins, addresses, inner, gateway, mtu, private_exceptions };
+        let front_port = config.front.as_ref().map(|front| front.port);
+        let plan = SlotPlan { instance, home, pins, addresses, inner, gateway, mtu, private_exceptions, front_port };
         let upstreams = Arc::new(Upstreams::new(config.dns_upstreams.clone()));
         let pool = Pool::new(config.slots_max.min(host.addresses.slots()), found);
         let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, pool });
@@ -384,7 +399,8 @@ impl Shared {
     }
 
     async fn serve(&self, slot: &Slot, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
-        let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), &self.sockets);
+        let own = self.config.front.clone().map(|front| OwnNames { front, gateway: INNER_GATEWAY });
+        let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), own, &self.sockets);
         started.await.map_err(step("starting a network slot's services"))
     }
 

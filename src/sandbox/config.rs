@@ -12,6 +12,10 @@ pub struct SandboxConfig {
     pub data_dir: PathBuf,
     /// What /etc/resolv.conf inside says.
     pub nameservers: Vec<IpAddr>,
+    /// Authorities that sandboxes trust beside their image's own: this server's.
+    pub ca_pem: Option<String>,
+    /// The port of our public URLs, when their names are below `.localhost`: programs look for those on their own loopback.
+    pub localhost_port: Option<u16>,
     /// Longest time to live that may be asked for.
     pub timeout_max: Duration,
     /// Sandboxes with processes at once.

@@ -190,10 +190,7 @@ async fn reach(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &m
     let first_secret = random_secret();
     core.runtime.start(start_request(id, build, first_secret.clone())).await.map_err(cause)?;
     agent::wait_until_up(&core.runtime, id, core.config.agent_ready_max).await.map_err(cause)?;
-    match commands::has_any(build) {
-        true => run_commands(core, id, build, first_secret, witness).await,
-        false => Ok(first_secret),
-    }
+    run_commands(core, id, build, first_secret, witness).await
 }
 
 async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &mut dyn Witness) -> Result<SnapshotId, Failed> {
@@ -234,7 +231,8 @@ fn start_request(id: SandboxId, build: &BuildRecord, control_secret: String) -> 
     }
 }
 
-/// The agent is told as much as the commands need; each create tells it the rest.
+/// The agent is told as much as the commands need, if there are any, and what is the same for all sandboxes: trust, which
+/// every create would write again otherwise. Each create tells it the rest.
 async fn run_commands(
     core: &Core,
     id: SandboxId,

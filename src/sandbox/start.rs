@@ -13,6 +13,7 @@ use crate::model::{BuildRecord, BuildSource, Fit, KernelRef, SandboxId, SandboxR
 use crate::runtime::{DiskSource, RuntimeError, StartFrom, StartRequest};
 use base64::Engine;
 use sha2::{Digest, Sha256};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use stillbox_agent::wire;
 
@@ -187,6 +188,8 @@ pub(super) fn generic_introduction(core: &Core, id: SandboxId, build: &BuildReco
         boot_id: random_boot_id(),
         hosts: hosts("stillbox"),
         resolv_conf: resolv_conf(core),
+        ca_bundle_pem: core.config.ca_pem.clone(),
+        front: front(core),
         entropy: entropy(),
         cpu_count: Some(build.resources.cpu_count),
         memory_bytes: Some(build.resources.memory.bytes()),
@@ -200,6 +203,12 @@ fn hosts(hostname: &str) -> String {
 
 fn resolv_conf(core: &Core) -> String {
     core.config.nameservers.iter().map(|server| format!("nameserver {server}\n")).collect()
+}
+
+/// The slot is the name server, and serves the server's own port as well.
+fn front(core: &Core) -> Option<wire::Front> {
+    let (port, slot) = (core.config.localhost_port?, core.config.nameservers.first()?);
+    Some(wire::Front { port, to: SocketAddr::new(*slot, port) })
 }
 
 fn entropy() -> String {
@@ -226,7 +235,8 @@ fn introduction(core: &Core, record: &SandboxRecord, build: &BuildRecord) -> wir
         boot_id: record.boot_id.clone(),
         hosts: hosts(&hostname),
         resolv_conf: resolv_conf(core),
-        ca_bundle_pem: None,
+        ca_bundle_pem: core.config.ca_pem.clone(),
+        front: front(core),
         hostname,
         generation: record.generation,
         entropy: entropy(),

@@ -166,6 +166,8 @@ fn config(data_dir: PathBuf) -> SandboxConfig {
     SandboxConfig {
         data_dir,
         nameservers: vec!["9.9.9.9".parse().unwrap()],
+        ca_pem: None,
+        localhost_port: None,
         timeout_max: Duration::from_secs(24 * 3600),
         running_max: 20,
         cpus_max: 1000,

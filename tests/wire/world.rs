@@ -205,6 +205,8 @@ fn core_config(data_dir: &std::path::Path) -> SandboxConfig {
     SandboxConfig {
         data_dir: data_dir.to_owned(),
         nameservers: Vec::new(),
+        ca_pem: None,
+        localhost_port: None,
         timeout_max: Duration::from_secs(86400),
         running_max: 16,
         cpus_max: 1000,

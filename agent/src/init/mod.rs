@@ -4,6 +4,7 @@
 //! and control secret change at once. A file that the tenant has made unwritable costs a line in the log and not the
 //! sandbox: it may have filled its own disk, or put a folder where /etc/hosts was.
 
+pub(crate) mod front;
 mod trust;
 mod write;
 
@@ -130,6 +131,13 @@ fn apply(agent: &Agent, request: &InitRequest, entropy: &[u8]) -> Result<(), Ini
         warn(agent, trust::CA_PATH, &error);
         BTreeMap::new()
     });
+    if let Err(error) = agent.front.set(request.front) {
+        agent.log.write(
+            LogLevel::Warn,
+            "could not listen where programs look for names below localhost",
+            [("port", request.front.map_or_else(String::new, |front| front.port.to_string())), ("error", error.to_string())],
+        );
+    }
     // The kernel's pool was never part of a dump; its new bytes cost nothing and help a machine that just booted.
     drop(std::fs::write("/dev/urandom", entropy));
     agent.replace_identity(identity(request, ca_envs, &former));

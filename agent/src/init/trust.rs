@@ -24,13 +24,17 @@ pub(super) fn apply(pem: Option<&str>) -> io::Result<BTreeMap<String, String>> {
     match pem {
         Some(pem) => {
             write_in_place(CA_PATH.as_ref(), pem.as_bytes())?;
-            let own = fs::read_to_string(bundle).or_else(absent_is_empty)?;
-            let resolved = fs::canonicalize(bundle).unwrap_or_else(|_| bundle.into());
-            write_in_place(&resolved, with_block(&own, Some(pem)).as_bytes())?;
-            let envs = BUNDLE_ENVS.into_iter().map(|name| (name, bundle)).chain([(EXTRA_ENV, CA_PATH)]);
-            Ok(envs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
+            if !ends_with(bundle.as_ref(), &block(pem))? {
+                let own = fs::read_to_string(bundle).or_else(absent_is_empty)?;
+                let resolved = fs::canonicalize(bundle).unwrap_or_else(|_| bundle.into());
+                write_in_place(&resolved, with_block(&own, Some(pem)).as_bytes())?;
+            }
+            // An image without CAs of its own has nothing to name to programs that bring theirs: they would trust us alone.
+            let has_own = fs::metadata(bundle)?.len() > block(pem).len() as u64;
+            let bundles = BUNDLE_ENVS.into_iter().filter(|_| has_own).map(|name| (name, bundle));
+            Ok(bundles.chain([(EXTRA_ENV, CA_PATH)]).map(|(name, value)| (name.to_owned(), value.to_owned())).collect())
         }
-        None if ends_with_block(bundle.as_ref())? => {
+        None if ends_with(bundle.as_ref(), END)? => {
             write_in_place(&fs::canonicalize(bundle)?, with_block(&fs::read_to_string(bundle)?, None).as_bytes())?;
             Ok(BTreeMap::new())
         }
@@ -49,23 +53,27 @@ fn with_block(bundle: &str, pem: Option<&str>) -> String {
         _ => bundle.to_owned(),
     };
     match pem {
-        Some(pem) => [&own, BEGIN, pem.trim(), END].concat(),
+        Some(pem) => own + &block(pem),
         None => own,
     }
 }
 
+fn block(pem: &str) -> String {
+    [BEGIN, pem.trim(), END].concat()
+}
+
 /// Reads the last bytes alone, since this is asked at every /init.
-fn ends_with_block(path: &Path) -> io::Result<bool> {
+fn ends_with(path: &Path, end: &str) -> io::Result<bool> {
     let mut file = match fs::File::open(path) {
         Ok(file) => file,
         Err(error) => return absent_is_empty(error).map(|_| false),
     };
     let len = file.metadata()?.len();
-    let Some(start) = len.checked_sub(END.len() as u64) else { return Ok(false) };
+    let Some(start) = len.checked_sub(end.len() as u64) else { return Ok(false) };
     file.seek(SeekFrom::Start(start))?;
-    let mut tail = Vec::with_capacity(END.len());
-    file.take(END.len() as u64).read_to_end(&mut tail)?;
-    Ok(tail == END.as_bytes())
+    let mut tail = Vec::with_capacity(end.len());
+    file.take(end.len() as u64).read_to_end(&mut tail)?;
+    Ok(tail == end.as_bytes())
 }
 
 #[cfg(test)]
@@ -86,9 +94,9 @@ mod tests {
         let path = std::env::temp_dir().join(format!("stillbox-agent-trust-{}", std::process::id()));
         for (content, expected) in [(with_block("IMAGE", Some("ONE")), true), ("IMAGE".repeat(40), false), (String::new(), false)] {
             fs::write(&path, content).unwrap();
-            assert_eq!(ends_with_block(&path).unwrap(), expected);
+            assert_eq!(ends_with(&path, END).unwrap(), expected);
         }
         fs::remove_file(&path).unwrap();
-        assert!(!ends_with_block(&path).unwrap());
+        assert!(!ends_with(&path, END).unwrap());
     }
 }

@@ -116,7 +116,7 @@ const fn shown_state(state: SandboxState) -> wire::State {
 }
 
 /// What info answers.
-pub(in crate::api) fn detail(state: &ApiState, record: SandboxRecord) -> wire::SandboxDetail {
+fn detail(state: &ApiState, record: SandboxRecord) -> wire::SandboxDetail {
     let lifecycle = record.spec.lifecycle;
     wire::SandboxDetail {
         envd_access_token: envd_token(state, &record),

@@ -1,6 +1,5 @@
-//! Who calls: whether a request comes from one of Novita's SDKs, and by which name it reached this server.
+//! Who calls: whether a request comes from one of Novita's SDKs.
 
-use super::super::ApiState;
 use http::{HeaderMap, header};
 
 /// Python's and JavaScript's in all versions, and the command line under its Novita name.
@@ -11,13 +10,6 @@ const USER_AGENT: &str = "novita-sandbox";
 pub(in crate::api) fn is_spoken_in(headers: &HeaderMap) -> bool {
     let agent = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
     headers.contains_key("x-novita-sdk-name") || agent.is_some_and(|agent| agent.starts_with(USER_AGENT))
-}
-
-/// The domain that an answer tells: below it the client finds the sandbox's ports. A client that came by `api.<domain>` of
-/// another name than ours (one that cannot be configured, `stillbox hosts`) resolves names of that domain and no others.
-pub(super) fn domain_for(state: &ApiState, headers: &HeaderMap) -> String {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    host.strip_prefix("api.").filter(|domain| !domain.is_empty()).unwrap_or(&state.config.domain).to_owned()
 }
 
 #[cfg(test)]

@@ -3,25 +3,25 @@
 use super::super::ApiState;
 use super::super::body::OptionalJson;
 use super::super::e2b::ask::SandboxPath;
+use super::super::e2b::sandboxes::sandbox;
 use super::super::e2b::snapshots::snapshot_name;
 use super::super::e2b::templates;
 use super::super::e2b::wire::Template;
 use super::super::error::ApiError;
 use super::rules::DEFAULT_TIMEOUT_S;
-use super::sandboxes::{bounds, check_node, shown};
+use super::sandboxes::{bounds, check_node};
 use super::wire;
 use crate::model::{OnTimeout, SandboxState};
 use crate::sandbox::{CreateError, Fork, ForkError, Full, Strictness};
 use axum::Json;
 use axum::extract::State;
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 use std::time::Duration;
 
 /// `POST /sandboxes/{id}/clone`. The parent goes on as it was; clones run, inherit everything but what happens at their
 /// end (they are killed), and come with the template that they were started from.
 pub(super) async fn clone(
     State(state): State<ApiState>,
-    headers: HeaderMap,
     SandboxPath(id): SandboxPath,
     OptionalJson(asked): OptionalJson<wire::Clone>,
 ) -> Result<(StatusCode, Json<wire::Cloned>), ApiError> {
@@ -49,7 +49,7 @@ pub(super) async fn clone(
     if let (true, Some(Err(first))) = (made.is_empty(), failed.into_iter().next()) {
         return Err(ForkError::Copy(first).into());
     }
-    let sandboxes = made.into_iter().flatten().map(|record| shown(&state, &headers, record)).collect();
+    let sandboxes = made.into_iter().flatten().map(|record| sandbox(&state, record)).collect();
     let snapshot_template_id = stored.map(|stored| stored.template.to_string());
     Ok((StatusCode::CREATED, Json(wire::Cloned { sandboxes, snapshot_template_id })))
 }

@@ -3,17 +3,18 @@
 use super::super::ApiState;
 use super::super::body::{Json as Body, OptionalJson};
 use super::super::e2b::ask::SandboxPath;
+use super::super::e2b::sandboxes::sandbox;
 use super::super::e2b::wire::{Sandbox, SetTimeout};
 use super::super::error::ApiError;
 use super::rules::DEFAULT_TIMEOUT_S;
-use super::sandboxes::{bounds, shown};
+use super::sandboxes::bounds;
 use super::wire;
 use crate::model::{Keep, OnTimeout, PublicTraffic, SandboxId, Secure};
 use crate::sandbox::{Adjust, AdjustError, AfterReset, Connected, PauseError, ResetError, TokenKind};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 
 /// `POST /sandboxes/{id}/timeout`: from now on, in both directions. A paused sandbox answers 404: the 1.x clients resume
 /// only after that.
@@ -45,7 +46,6 @@ pub(super) async fn pause(
 /// `POST /sandboxes/{id}/connect`: 200 when it ran, 201 when it was resumed.
 pub(super) async fn connect(
     State(state): State<ApiState>,
-    headers: HeaderMap,
     SandboxPath(id): SandboxPath,
     OptionalJson(asked): OptionalJson<wire::Connect>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
@@ -55,19 +55,18 @@ pub(super) async fn connect(
         Connected::WasRunning(record) => (StatusCode::OK, record),
         Connected::Resumed(record) => (StatusCode::CREATED, record),
     };
-    Ok((status, Json(shown(&state, &headers, *record))))
+    Ok((status, Json(sandbox(&state, *record))))
 }
 
 /// `POST /sandboxes/{id}/resume`, of 1.x clients: 409 when it runs.
 pub(super) async fn resume(
     State(state): State<ApiState>,
-    headers: HeaderMap,
     SandboxPath(id): SandboxPath,
     OptionalJson(asked): OptionalJson<wire::Connect>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
     let (timeout, adjust) = parse_connect(&state, id, &asked)?;
     let record = state.registry.resume(id, timeout, adjust.on_timeout).await?;
-    Ok((StatusCode::CREATED, Json(shown(&state, &headers, record))))
+    Ok((StatusCode::CREATED, Json(sandbox(&state, record))))
 }
 
 fn parse_connect(state: &ApiState, id: SandboxId, asked: &wire::Connect) -> Result<(std::time::Duration, Adjust), ApiError> {

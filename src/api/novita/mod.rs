@@ -34,7 +34,6 @@ pub(super) fn over(state: &ApiState, rest: Router) -> Router {
         .route("/sandboxes", post(sandboxes::create))
         .route("/v2/sandboxes", post(sandboxes::create).get(sandboxes::page))
         .route("/sandboxes/metrics", get(observe::latest_metrics))
-        .route("/sandboxes/{id}", get(sandboxes::info))
         .route("/sandboxes/{id}/timeout", post(lifecycle::set_timeout))
         .route("/sandboxes/{id}/connect", post(lifecycle::connect))
         .route("/v2/sandboxes/{id}/connect", post(lifecycle::connect))

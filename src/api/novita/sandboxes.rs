@@ -1,17 +1,15 @@
-//! Creating, showing and listing sandboxes.
+//! Creating and listing sandboxes.
 
 use super::super::ApiState;
 use super::super::body::Json as Body;
-use super::super::e2b::ask::{Query, SandboxPath};
+use super::super::e2b::ask::Query;
 use super::super::e2b::list::{self, Page};
 use super::super::e2b::new_sandbox::{Version, Wanted};
-use super::super::e2b::sandboxes::{detail, idempotency_key, sandbox};
-use super::super::e2b::wire::{Sandbox, SandboxDetail};
+use super::super::e2b::sandboxes::{idempotency_key, sandbox};
+use super::super::e2b::wire::Sandbox;
 use super::super::error::ApiError;
-use super::caller::domain_for;
 use super::rules::{self, Bounds, DEFAULT_TIMEOUT_S};
 use super::wire;
-use crate::model::SandboxRecord;
 use axum::Json;
 use axum::extract::State;
 use http::{HeaderMap, StatusCode};
@@ -32,7 +30,7 @@ pub(super) async fn create(
     let wanted = parse(new, bounds(&state))?;
     let resolved = state.templates.resolve(&wanted.template).await?;
     let record = state.registry.create(wanted.of(&resolved), key).await?;
-    Ok((StatusCode::CREATED, Json(shown(&state, &headers, record))))
+    Ok((StatusCode::CREATED, Json(sandbox(&state, record))))
 }
 
 /// The bounds of this server.
@@ -65,21 +63,6 @@ pub(super) fn check_node(node: Option<&str>) -> Result<(), ApiError> {
             Err(ApiError::bad_request(format!("nodeID is '{shown}'; this server is one machine, '{NODE}': leave the field out")))
         }
     }
-}
-
-/// A sandbox as create, connect and clone answer it.
-pub(super) fn shown(state: &ApiState, headers: &HeaderMap, record: SandboxRecord) -> Sandbox {
-    Sandbox { domain: Some(domain_for(state, headers)), ..sandbox(state, record) }
-}
-
-/// `GET /sandboxes/{id}`.
-pub(super) async fn info(
-    State(state): State<ApiState>,
-    headers: HeaderMap,
-    SandboxPath(id): SandboxPath,
-) -> Result<Json<SandboxDetail>, ApiError> {
-    let record = state.registry.get(id)?;
-    Ok(Json(SandboxDetail { domain: Some(domain_for(&state, &headers)), ..detail(&state, record) }))
 }
 
 /// `GET /v2/sandboxes`: two pages of Novita's guide disagree about the largest page, so more than that is cut, not refused.

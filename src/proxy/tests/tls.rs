@@ -34,7 +34,9 @@ async fn clients_that_trust_the_bundle_reach_sandboxes_and_the_api_over_https() 
     world.open_port(id, 8000, mirror().await);
     let server = start_with(&world, Some(server_config(authority, DOMAIN).unwrap()), ProxyConfig::for_domain(DOMAIN)).await;
     let connector = connector(&trusted);
-    for name in [format!("8000-{id}.stillbox.localhost"), "api.stillbox.localhost".into(), "localhost".into(), "127.0.0.1".into()] {
+    let clouds = ["api.sandbox.novita.ai".to_owned(), "api.hopx.dev".to_owned(), format!("8000-{id}.us-1.sandbox.novita.ai")];
+    let own = [format!("8000-{id}.stillbox.localhost"), "api.stillbox.localhost".into(), "localhost".into(), "127.0.0.1".into()];
+    for name in own.into_iter().chain(clouds) {
         let stream = TcpStream::connect(server.address).await.unwrap();
         let stream = connector.connect(ServerName::try_from(name.clone()).unwrap(), stream).await.unwrap();
         let (status, _, body) = get_over(stream, &name, "/sandboxes", &[]).await;

@@ -1,4 +1,5 @@
-//! The name server of a slot: it forwards what its sandbox may ask to the host's resolvers and refuses the rest.
+//! The name server of a slot: it forwards what its sandbox may ask to the host's resolvers and refuses the rest. Names
+//! below the server's own domain it answers itself: they lead to the slot.
 //!
 //! It listens inside the slot's netns, so it knows whose question it is, and asks from the host's, so that resolvers on
 //! the host's loopback work too. Answers are passed on unread: they are between the sandbox and the resolver.
@@ -8,8 +9,9 @@ mod upstreams;
 
 pub(super) use upstreams::Upstreams;
 
+use super::front::OwnNames;
 use super::services::{View, accept_bounded};
-use message::{REFUSED, SERVFAIL, failure, question_name};
+use message::{REFUSED, SERVFAIL, address, failure, question_name};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +35,8 @@ const UDP_BYTES_MAX: usize = 8 << 10;
 #[derive(Debug, Clone)]
 pub(super) struct Responder {
     pub(super) upstreams: Arc<Upstreams>,
+    /// Names that lead to the slot itself.
+    pub(super) own: Option<OwnNames>,
     /// What may be asked.
     pub(super) view: watch::Receiver<View>,
 }
@@ -49,7 +53,13 @@ enum Verdict {
 impl Responder {
     fn judge(&self, message: &[u8]) -> Verdict {
         let Some(name) = question_name(message) else { return Verdict::Ignore };
-        if self.view.borrow().names.allow(&name) { Verdict::Forward } else { Verdict::Answer(failure(message, REFUSED)) }
+        if !self.view.borrow().names.allow(&name) {
+            return Verdict::Answer(failure(message, REFUSED));
+        }
+        match &self.own {
+            Some(own) if own.front.owns(&name) => Verdict::Answer(address(message, own.gateway)),
+            Some(_) | None => Verdict::Forward,
+        }
     }
 
     /// Serves until its task is ended; what it is in the middle of ends with it.

@@ -169,6 +169,8 @@ pub(super) struct SlotRules<'a> {
     pub(super) inner: Ipv4Addr,
     /// The slot's address towards the sandbox: what is sent there is never redirected.
     pub(super) gateway: Ipv4Addr,
+    /// Where the server's public URLs are served to it.
+    pub(super) front_port: Option<u16>,
     /// The slot's name on the link to the sandbox.
     pub(super) inner_link: &'a str,
     /// As in [`HostRules`]: kept here as well, in case somebody flushes the host's rules.
@@ -220,6 +222,9 @@ impl SlotRules<'_> {
             table.rule("services", vec![is(nft::port_of(protocol), nft::Expr::Number(DNS_PORT.into())), accept()]);
         }
         table.rule("services", vec![is(nft::port_of("tcp"), nft::Expr::Number(GATE_PORT.into())), nft::was_redirected(), accept()]);
+        if let Some(port) = self.front_port {
+            table.rule("services", vec![is(nft::port_of("tcp"), nft::Expr::Number(port.into())), accept()]);
+        }
         table.rule("services", vec![nft::is_ping(), accept()]);
         table.rule("services", vec![goto("refuse")]);
         table.base_chain("input", filter(NfHook::Input, NfChainPolicy::Drop));

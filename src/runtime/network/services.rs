@@ -1,9 +1,11 @@
-//! What a slot serves to its sandbox, inside the slot's netns: names, and the gate where names decide.
+//! What a slot serves to its sandbox, inside the slot's netns: names, the gate where names decide, and the server's own
+//! public URLs.
 //!
 //! The daemon serves it, on sockets made in that netns: so nothing of the host has to be reachable, and each socket
 //! knows whose it is. When the daemon is gone, names do not resolve until the next one has adopted the slot.
 
 use super::dns::{Responder, Upstreams};
+use super::front::OwnNames;
 use super::gate::Gate;
 use super::names::Names;
 use super::rules::{DNS_PORT, GATE_PORT};
@@ -48,6 +50,7 @@ impl Services {
         slot: &Netns,
         policy: &NetworkPolicy,
         upstreams: Arc<Upstreams>,
+        own: Option<OwnNames>,
         sockets: &SocketFactory,
     ) -> io::Result<Self> {
         let (view, seen) = watch::channel(View::of(policy));
@@ -57,9 +60,13 @@ impl Services {
         let questions = udp(questions, DNS_PORT)?;
         let long_questions = listener(long_questions, DNS_PORT)?;
         let connections = listener(connections, GATE_PORT)?;
-        let responder = Responder { upstreams: Arc::clone(&upstreams), view: seen.clone() };
-        let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone() };
         let mut tasks = JoinSet::new();
+        if let Some(OwnNames { front, .. }) = &own {
+            let listener = listener(socket(SocketKind::TcpV4).await?, front.port)?;
+            tasks.spawn(front.clone().serve(listener, seen.clone()));
+        }
+        let responder = Responder { upstreams: Arc::clone(&upstreams), own, view: seen.clone() };
+        let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone() };
         tasks.spawn(responder.clone().serve_udp(questions));
         tasks.spawn(responder.serve_tcp(long_questions));
         tasks.spawn(gate.serve(connections));

@@ -36,6 +36,8 @@ pub(super) struct SlotPlan {
     pub(super) mtu: u32,
     /// As in [`rules::HostRules`].
     pub(super) private_exceptions: Option<Vec<Block>>,
+    /// Where the server's public URLs are served to the sandbox.
+    pub(super) front_port: Option<u16>,
 }
 
 impl SlotPlan {
@@ -162,6 +164,7 @@ fn slot_rules(plan: &SlotPlan) -> SlotRules<'_> {
         instance: plan.instance,
         inner: plan.inner,
         gateway: plan.gateway,
+        front_port: plan.front_port,
         inner_link: SLOT_INNER_LINK.0,
         private_exceptions: plan.private_exceptions.as_deref(),
     }

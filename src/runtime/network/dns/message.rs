@@ -13,6 +13,8 @@ const FLAG_RECURSION_AVAILABLE: u8 = 0x80;
 pub(super) const REFUSED: u8 = 5;
 pub(super) const SERVFAIL: u8 = 2;
 
+/// Of our own answers.
+const TIME_TO_LIVE_S: u8 = 60;
 const LABEL_BYTES_MAX: u8 = 63;
 const POINTER: u8 = 0xc0;
 /// Type A, class IN.
@@ -50,6 +52,23 @@ pub(super) fn failure(question: &[u8], code: u8) -> Vec<u8> {
         header[3] = FLAG_RECURSION_AVAILABLE | code;
         // No answers, authorities and additional records: what followed the question was cut off.
         header[6..].fill(0);
+    }
+    answer
+}
+
+/// An answer with one IPv4 address; without any when something else than that was asked for.
+pub(super) fn address(question: &[u8], address: Ipv4Addr) -> Vec<u8> {
+    /// A name that points to the question's.
+    const SAME_NAME: [u8; 2] = [POINTER, 12];
+    let mut answer = failure(question, 0);
+    if answer.ends_with(&ADDRESS) {
+        if let Some(count) = answer.get_mut(7) {
+            *count = 1;
+        }
+        answer.extend(SAME_NAME);
+        answer.extend(ADDRESS);
+        answer.extend([0, 0, 0, TIME_TO_LIVE_S, 0, 4]);
+        answer.extend(address.octets());
     }
     answer
 }
@@ -157,6 +176,16 @@ mod tests {
     }
 
     #[test]
+    fn an_address_is_answered_to_who_asks_for_one_and_to_nobody_else() {
+        let here = Ipv4Addr::new(10, 254, 0, 1);
+        assert_eq!(addresses(&address(&edns_query("x.box.test"), here)), Some(vec![here]));
+        let mut ipv6 = query("x.box.test", [1, 2]);
+        let kind = ipv6.len() - 3;
+        ipv6[kind] = 28;
+        assert_eq!(addresses(&address(&ipv6, here)), Some(vec![]));
+    }
+
+    #[test]
     fn addresses_are_found_among_other_records() {
         let mut answer = query("a.example", [1, 2]);
         answer[2] |= FLAG_RESPONSE;
@@ -176,6 +205,7 @@ mod tests {
         fn no_message_makes_the_responder_panic(message in proptest::collection::vec(any::<u8>(), 0..64)) {
             question_name(&message);
             failure(&message, REFUSED);
+            address(&message, Ipv4Addr::LOCALHOST);
             addresses(&message);
         }
     }

@@ -11,7 +11,7 @@ fn instance() -> InstanceId {
 
 fn slot() -> SlotRules<'static> {
     let (inner, gateway) = (Ipv4Addr::new(10, 254, 0, 2), Ipv4Addr::new(10, 254, 0, 1));
-    SlotRules { instance: instance(), inner, gateway, inner_link: SLOT_INNER_LINK.0, private_exceptions: Some(&[]) }
+    SlotRules { instance: instance(), inner, gateway, front_port: None, inner_link: SLOT_INNER_LINK.0, private_exceptions: Some(&[]) }
 }
 
 fn policy(allow: &[&str], deny: &[&str]) -> NetworkPolicy {
@@ -36,6 +36,17 @@ fn the_hosts_table_is_as_written_down() {
 #[test]
 fn a_slots_table_is_as_written_down() {
     assert_golden("slot.json", include_str!("slot.json"), &slot().transaction().into_ruleset());
+}
+
+#[test]
+fn the_servers_own_port_is_open_to_the_sandbox_and_nothing_else_changes() {
+    let rules = |front_port| {
+        let table = SlotRules { front_port, ..slot() }.transaction().into_ruleset();
+        serde_json::to_value(table).unwrap()["nftables"].as_array().unwrap().clone()
+    };
+    let (without, with) = (rules(None), rules(Some(3443)));
+    let added: Vec<_> = with.iter().filter(|rule| !without.contains(rule)).collect();
+    assert!(added.len() == 1 && added[0].to_string().contains("3443"), "{added:?}");
 }
 
 #[test]
