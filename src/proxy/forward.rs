@@ -5,8 +5,8 @@
 //! a body in flight never looks complete.
 
 use super::Door;
-use super::hopx;
 use super::address::{ENVD_PORT, Target};
+use super::hopx;
 use super::pool::{Connection, Key, Pool};
 use super::refusal::Refusal;
 use super::splice::splice;

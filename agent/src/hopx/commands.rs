@@ -70,10 +70,7 @@ fn shown(command: &str, args: &[String]) -> String {
     }
 }
 
-pub(super) async fn run(
-    State(agent): State<Arc<Agent>>,
-    request: Result<Json<Request>, JsonRejection>,
-) -> Result<Json<Value>, HopxError> {
+pub(super) async fn run(State(agent): State<Arc<Agent>>, request: Result<Json<Request>, JsonRejection>) -> Result<Json<Value>, HopxError> {
     let Json(request) = request?;
     let (program, command, _name) = request.program(&agent).await?;
     let (pid, finished) = run::to_end(&agent, program).await?;

@@ -10,8 +10,13 @@ use super::error::{Code, HopxError};
 use crate::state::Agent;
 
 /// HopX's packages, and a program of each.
-const NEEDED: [(&str, &str); 5] =
-    [("xvfb", "Xvfb"), ("tigervnc-standalone-server", "Xtigervnc"), ("xdotool", "xdotool"), ("wmctrl", "wmctrl"), ("imagemagick", "convert")];
+const NEEDED: [(&str, &str); 5] = [
+    ("xvfb", "Xvfb"),
+    ("tigervnc-standalone-server", "Xtigervnc"),
+    ("xdotool", "xdotool"),
+    ("wmctrl", "wmctrl"),
+    ("imagemagick", "convert"),
+];
 
 pub(super) async fn unavailable(State(agent): State<Arc<Agent>>) -> HopxError {
     let identity = agent.identity();

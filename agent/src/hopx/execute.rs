@@ -237,7 +237,8 @@ mod tests {
 
     #[test]
     fn a_traceback_has_no_colours() {
-        let failure = Failure { name: "E".into(), value: "v".into(), traceback: vec!["\u{1b}[0;31mE\u{1b}[0m: v".into(), "b\u{1b}[".into()] };
+        let failure =
+            Failure { name: "E".into(), value: "v".into(), traceback: vec!["\u{1b}[0;31mE\u{1b}[0m: v".into(), "b\u{1b}[".into()] };
         assert_eq!(traceback(&failure), "E: v\nb\n");
         assert_eq!(traceback(&Failure { traceback: Vec::new(), ..failure }), "E: v\n");
     }

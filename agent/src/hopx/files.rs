@@ -138,7 +138,9 @@ async fn write(State(agent): State<Arc<Agent>>, request: Result<Json<Write>, Jso
     let mode = mode.as_deref().map(parse_mode).transpose()?;
     let bytes = match encoding.as_deref() {
         None | Some("" | "utf-8" | "utf8" | "text") => content.into_bytes(),
-        Some("base64") => STANDARD.decode(content).map_err(|error| HopxError::invalid(format!("content is not base64: {error}")).at(shown.clone()))?,
+        Some("base64") => {
+            STANDARD.decode(content).map_err(|error| HopxError::invalid(format!("content is not base64: {error}")).at(shown.clone()))?
+        }
         Some(other) => return Err(HopxError::invalid(format!("encoding is '{other}'; it must be utf-8 or base64")).at(shown)),
     };
     let (size, owner) = (bytes.len(), owner(&agent).await?);

@@ -137,7 +137,8 @@ pub(super) async fn prometheus(State(agent): State<Arc<Agent>>) -> Result<impl I
         ("hopx_system_disk_total_bytes", "gauge", "Disk size.", measured.disk_total as f64),
         ("hopx_system_disk_used_bytes", "gauge", "Disk in use.", measured.disk_used as f64),
     ];
-    let text: String = rows.iter().map(|(name, kind, help, value)| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n")).collect();
+    let text: String =
+        rows.iter().map(|(name, kind, help, value)| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n")).collect();
     Ok(([(CONTENT_TYPE, PROMETHEUS)], text))
 }
 

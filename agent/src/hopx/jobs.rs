@@ -155,7 +155,9 @@ pub(super) async fn kill_by_query(
 
 /// Killing what has ended already is a success: the clients repeat what they had no answer to.
 fn kill_one(agent: &Agent, id: &str) -> Result<Json<Value>, HopxError> {
-    let killed = || Json(json!({ "success": true, "process_id": id, "status": "killed", "message": "killed", "timestamp": rfc3339(SystemTime::now()) }));
+    let killed = || {
+        Json(json!({ "success": true, "process_id": id, "status": "killed", "message": "killed", "timestamp": rfc3339(SystemTime::now()) }))
+    };
     if let Some(job) = agent.hopx.jobs.find(id) {
         job.kill();
         return Ok(killed());

@@ -76,7 +76,9 @@ mod tests {
 
     #[test]
     fn every_name_that_clients_have_is_known() {
-        for (name, language) in [("python3", Language::Python), ("nodejs", Language::JavaScript), ("shell", Language::Bash), ("go", Language::Go)] {
+        for (name, language) in
+            [("python3", Language::Python), ("nodejs", Language::JavaScript), ("shell", Language::Bash), ("go", Language::Go)]
+        {
             assert_eq!(Language::named(Some(name)).unwrap(), language);
         }
         assert_eq!(Language::named(None).unwrap(), Language::Python);

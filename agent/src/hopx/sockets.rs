@@ -223,7 +223,8 @@ async fn shell(agent: &Arc<Agent>, client: &mut Client) -> Result<Result<(), Hop
 
 fn start_shell(agent: &Arc<Agent>) -> Result<(Arc<process::Process>, process::output::Subscription), HopxError> {
     let envs = BTreeMap::from([("TERM".to_owned(), "xterm-256color".to_owned())]);
-    let config = ProcessConfig { cmd: "bash".to_owned(), args: vec!["-i".to_owned(), "-l".to_owned()], envs, cwd: Some(WORKSPACE.to_owned()) };
+    let config =
+        ProcessConfig { cmd: "bash".to_owned(), args: vec!["-i".to_owned(), "-l".to_owned()], envs, cwd: Some(WORKSPACE.to_owned()) };
     let start = Start { config, terminal: Terminal::Pty(SIZE_DEFAULT), tag: None, deadline: None };
     Ok(process::start(agent, &agent.identity(), &run::user(agent)?, start)?)
 }
@@ -319,7 +320,9 @@ fn watch_error(error: &WatcherError, root: &Path) -> HopxError {
         WatcherError::Watch(watch) => match watch.as_ref() {
             WatchError::NotFound { .. } => Code::FileNotFound,
             WatchError::NotDirectory { .. } | WatchError::NetworkMount { .. } => Code::InvalidPath,
-            WatchError::TooManyWatches { .. } | WatchError::TooManyInstances | WatchError::Overflow | WatchError::Io { .. } => Code::Internal,
+            WatchError::TooManyWatches { .. } | WatchError::TooManyInstances | WatchError::Overflow | WatchError::Io { .. } => {
+                Code::Internal
+            }
         },
         WatcherError::Overflow | WatcherError::TooMany | WatcherError::Unknown { .. } | WatcherError::Lost(_) | WatcherError::Random(_) => {
             Code::Internal

@@ -174,7 +174,8 @@ fn identity(request: &InitRequest, ca_envs: BTreeMap<String, String>, former: &I
     let mut lower_envs = ca_envs;
     lower_envs.extend(request.template_env.clone());
     let (own_envs, own_envs_from) = own_envs(request, former);
-    let internal = [("E2B_SANDBOX", "true"), ("E2B_SANDBOX_ID", request.sandbox_id.as_str()), ("E2B_TEMPLATE_ID", request.template_id.as_str())];
+    let internal =
+        [("E2B_SANDBOX", "true"), ("E2B_SANDBOX_ID", request.sandbox_id.as_str()), ("E2B_TEMPLATE_ID", request.template_id.as_str())];
     let events = request.events_address.as_deref().map(|address| ("E2B_EVENTS_ADDRESS", address));
     let envs = internal.into_iter().chain(events).map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
     let identity = Identity {

@@ -84,10 +84,7 @@ pub(super) fn lifetime(seconds: i64, max: Duration) -> Result<Duration, HopxErro
     let asked = u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
     match asked {
         Some(asked) if asked <= max => Ok(asked),
-        Some(_) => Err(HopxError::invalid(format!(
-            "timeout_seconds is {seconds}; the limit is {} (sandbox.timeout_max)",
-            max.as_secs()
-        ))),
+        Some(_) => Err(HopxError::invalid(format!("timeout_seconds is {seconds}; the limit is {} (sandbox.timeout_max)", max.as_secs()))),
         None => Err(HopxError::invalid(format!("timeout_seconds is {seconds}; it must be greater than 0"))),
     }
 }

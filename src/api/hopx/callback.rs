@@ -79,7 +79,9 @@ impl DeliveryError {
         match self {
             Self::Connection(_) | Self::Slow => true,
             Self::Address(_) => false,
-            Self::Status(status) => status.is_server_error() || matches!(*status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS),
+            Self::Status(status) => {
+                status.is_server_error() || matches!(*status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
+            }
         }
     }
 }
@@ -123,7 +125,8 @@ impl Callback {
     }
 
     async fn post(&self, body: Bytes) -> Result<(), DeliveryError> {
-        let stream = TcpStream::connect(self.addresses().await?.as_slice()).await.map_err(|error| DeliveryError::Connection(error.into()))?;
+        let stream =
+            TcpStream::connect(self.addresses().await?.as_slice()).await.map_err(|error| DeliveryError::Connection(error.into()))?;
         let status = match self.url.scheme_str() {
             Some("https") => {
                 let host = self.url.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
@@ -236,7 +239,14 @@ mod tests {
 
     #[tokio::test]
     async fn private_addresses_and_other_schemes_are_refused() {
-        for url in ["http://127.0.0.1:1/x", "http://[::1]/", "https://169.254.169.254/latest", "http://10.0.0.1", "http://localhost:80/", "http://0x7f.1/"] {
+        for url in [
+            "http://127.0.0.1:1/x",
+            "http://[::1]/",
+            "https://169.254.169.254/latest",
+            "http://10.0.0.1",
+            "http://localhost:80/",
+            "http://0x7f.1/",
+        ] {
             let message = refused(url, &[]).await;
             assert!(message.contains("no public address") || message.contains("cannot be looked up"), "{message}");
         }

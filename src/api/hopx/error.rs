@@ -72,7 +72,11 @@ impl HopxError {
     fn internal(cause: impl Error + Send + Sync + 'static) -> Self {
         Self {
             cause: Some(Arc::new(cause)),
-            ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL_ERROR", "internal error; the server's log has more under the request id")
+            ..Self::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "INTERNAL_ERROR",
+                "internal error; the server's log has more under the request id",
+            )
         }
     }
 }

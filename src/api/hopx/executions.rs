@@ -8,11 +8,11 @@
 //! The task is this server's: what was to be told when it is stopped is not told.
 
 use super::super::ApiState;
+use super::super::body;
 use super::ask::SandboxPath;
 use super::callback::Callback;
 use super::error::HopxError;
 use super::inside::{self, InsideError};
-use super::super::body;
 use crate::model::{EgressTarget, SandboxId, SandboxState};
 use crate::sandbox::Registry;
 use axum::extract::{FromRequest, Request, State};
@@ -92,7 +92,9 @@ pub(super) async fn start(State(state): State<ApiState>, SandboxPath(id): Sandbo
     let callback = Callback::parse(&asked.callback_url, headers, asked.callback_signature_secret, allow).await?;
     let record = state.registry.get(id)?;
     if record.state != SandboxState::Running {
-        return Err(HopxError::wrong_state(format!("sandbox {id} is {}; resume or start it first", super::sandboxes::status(&record))).into());
+        return Err(
+            HopxError::wrong_state(format!("sandbox {id} is {}; resume or start it first", super::sandboxes::status(&record))).into()
+        );
     }
     let place = Arc::clone(&state.callbacks.places).try_acquire_owned();
     let place = place.map_err(|_| HopxError::wrong_state(format!("{WAITING_MAX} executions wait to be told; that is the limit")))?;
@@ -130,7 +132,9 @@ async fn tell(registry: Registry, id: SandboxId, execution: String, callback: Ca
     let result = result_of(&registry, id, &execution).await;
     match callback.deliver(result).await {
         Ok(()) => tracing::debug!(sandbox.id = %id, execution, "Told the end of an execution"),
-        Err(error) => tracing::debug!(sandbox.id = %id, execution, error = &error as &dyn std::error::Error, "Could not tell the end of an execution"),
+        Err(error) => {
+            tracing::debug!(sandbox.id = %id, execution, error = &error as &dyn std::error::Error, "Could not tell the end of an execution")
+        }
     }
 }
 

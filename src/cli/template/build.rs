@@ -304,6 +304,10 @@ pub(super) fn logs(client: &Client, name: &str, build: Option<&str>) -> Outcome 
             detail.builds.into_iter().next().ok_or_else(|| format!("template {name} has no build"))?.build
         }
     };
+    let status: Status = client.get(&format!("/templates/{template}/builds/{build}/status"))?;
+    if status.status == "waiting" && status.log_entries.is_empty() {
+        return Err(format!("build {build} was not started yet").into());
+    }
     match follow(client, &Requested { template, build })? {
         None => Ok(ExitCode::SUCCESS),
         Some(reason) => Err(failure(&reason, &Value::Null, &Lines::new()).into()),

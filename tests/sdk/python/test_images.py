@@ -90,28 +90,54 @@ def layout(tmp_path_factory):
     return folder
 
 
+class Registry:
+    """Debian's docker-registry on a port of its own, with the image in it."""
+
+    def __init__(self, folder, layout, auth=None, credentials=()):
+        self.host = f"127.0.0.1:{free_port()}"
+        settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}}, "http": {"addr": self.host}}
+        if auth is not None:
+            (folder / "htpasswd").write_text(auth)
+            settings["auth"] = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
+        (folder / "config.yml").write_text(json.dumps(settings))
+        command = ["docker-registry", "serve", str(folder / "config.yml")]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.wait()
+        target = f"docker://{self.host}/team/small:v1"
+        source = f"oci:{layout}:team/small:v1"
+        subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", *credentials, source, target], check=True)
+
+    def wait(self):
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                urllib.request.urlopen(f"http://{self.host}/v2/", timeout=5).close()
+                return
+            except urllib.error.HTTPError:
+                return  # it is there, and locked
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline and self.process.poll() is None, "docker-registry does not answer"
+                time.sleep(0.02)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
 @pytest.fixture(scope="module")
 def registry(layout, tmp_path_factory):
-    """Debian's docker-registry with the image in it; answers its host."""
-    folder, port = tmp_path_factory.mktemp("registry"), free_port()
-    settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}}, "http": {"addr": f"127.0.0.1:{port}"}}
-    (folder / "config.yml").write_text(json.dumps(settings))
-    process = subprocess.Popen(
-        ["docker-registry", "serve", str(folder / "config.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=5).close()
-            break
-        except urllib.error.URLError:
-            assert time.monotonic() < deadline and process.poll() is None, "docker-registry does not answer"
-            time.sleep(0.02)
-    target = f"docker://127.0.0.1:{port}/team/small:v1"
-    subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", f"oci:{layout}:team/small:v1", target], check=True)
-    yield f"127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    registry = Registry(tmp_path_factory.mktemp("registry"), layout)
+    yield registry.host
+    registry.stop()
+
+
+@pytest.fixture
+def locked_registry(layout, tmp_path):
+    # bcrypt of "open sesame"
+    auth = "me:$2y$05$abcdefghijklmnopqrstuupx2xBUC4954936wVIjyyPHmUBFu0wCW\n"
+    registry = Registry(tmp_path, layout, auth, ["--dest-creds", "me:open sesame"])
+    yield registry.host
+    registry.stop()
 
 
 def run_in(template, command):
@@ -148,6 +174,24 @@ def test_an_image_that_cannot_be_had_is_named_with_its_registry_and_the_way_out(
             Template.build(Template().from_image(image), "without-image")
         for word in words:
             assert word in str(failure.value), failure.value
+
+
+def test_a_locked_registry_opens_to_the_builds_credentials(server, locked_registry):
+    from e2b import Template
+    from e2b.exceptions import BuildException
+
+    image = f"{locked_registry}/team/small:v1"
+    with pytest.raises(BuildException, match="does not give image"):
+        Template.build(Template().from_image(image), "locked")
+    Template.build(Template().from_image(image, username="me", password="open sesame"), "locked")
+    assert run_in("locked", "cat /srv/new") == "new"
+
+
+def test_e2bs_base_image_is_the_base_template(server):
+    from e2b import Template
+
+    Template.build(Template().from_base_image().run_cmd("python3 --version > /tmp/made"), "on-base-image")
+    assert run_in("on-base-image", "cat /tmp/made").startswith("Python 3.")
 
 
 def test_a_dockerfile_is_built_by_the_command_line(server, registry, tmp_path):
