@@ -19,7 +19,7 @@ const POLL_EVERY: Duration = Duration::from_millis(200);
 const PAGE: usize = 100;
 
 /// What is built and how.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(in crate::cli) struct BuildArguments {
     /// Name of the template, or name:tag [default: the folder's name]
     #[arg(long, short = 't', value_name = "NAME")]
@@ -49,6 +49,9 @@ pub(in crate::cli) struct BuildArguments {
 
 /// A step's place in the Dockerfile, for its failure.
 type Lines = Vec<Option<usize>>;
+
+/// What each step takes of the context, with the hash that names it; `None` for a step that takes nothing.
+type Copies = Vec<Option<(Files, String)>>;
 
 /// Builds `folder`.
 pub(super) fn run(client: &Client, folder: &Path, arguments: &BuildArguments) -> Outcome {
@@ -80,21 +83,6 @@ pub(super) fn of_image(client: &Client, name: &str, reference: &str) -> Outcome 
     start_and_follow(client, &requested, name, &order, &Lines::new())
 }
 
-impl Default for BuildArguments {
-    fn default() -> Self {
-        Self {
-            name: None,
-            file: None,
-            build_arg: Vec::new(),
-            no_cache: false,
-            cpu_count: None,
-            memory_mb: None,
-            start_command: None,
-            ready_command: None,
-        }
-    }
-}
-
 /// A template's name out of a folder's.
 fn name_of(folder: &Path) -> Result<String, String> {
     let full = folder.canonicalize().map_err(|error| format!("{}: {error}", folder.display()))?;
@@ -104,7 +92,7 @@ fn name_of(folder: &Path) -> Result<String, String> {
 }
 
 /// The files of each COPY, looked up before anything is asked of the server.
-fn copies_of(dockerfile: &Dockerfile, context: &Context) -> Result<Vec<Option<(Files, String)>>, Box<dyn std::error::Error>> {
+fn copies_of(dockerfile: &Dockerfile, context: &Context) -> Result<Copies, Box<dyn std::error::Error>> {
     let copy = |step: &Step| match step {
         Step::Copy { source, target, line, .. } => {
             let files = context.files(source).map_err(|problem| format!("Dockerfile line {line}: COPY {problem}"))?;

@@ -258,42 +258,7 @@ enum Place {
 
 impl Files {
     fn index(file: File, path: &Path) -> Result<Self, ImageProblem> {
-        let wrong = |problem: String| ImageProblem::Form { path: path.to_owned(), problem };
-        let budget = HeaderBudget::default();
-        let mut archive = tar::Archive::new(budget.limit(&file));
-        let mut entries = HashMap::new();
-        let mut listed = archive.entries_with_seek().map_err(|error| wrong(error.to_string()))?;
-        loop {
-            budget.expect_header();
-            let Some(entry) = listed.next() else { break };
-            let entry = entry.map_err(|error| wrong(format!("it is no tar ({error})")))?;
-            budget.lift();
-            if entries.len() >= ENTRIES_MAX {
-                return Err(wrong(format!("it has more than {ENTRIES_MAX} entries")));
-            }
-            let Some(name) = clean(&entry.path_bytes()) else { continue };
-            let link = entry.link_name_bytes().map(|target| target.into_owned());
-            let place = match (entry.header().entry_type(), link) {
-                (tar::EntryType::Regular | tar::EntryType::Continuous, _) => {
-                    Place::At { offset: entry.raw_file_position(), size: entry.size() }
-                }
-                (tar::EntryType::Link, Some(target)) => match clean(&target) {
-                    Some(target) => Place::Link(target),
-                    None => continue,
-                },
-                (tar::EntryType::Symlink, Some(target)) => {
-                    let folder = name.parent().unwrap_or(Path::new(""));
-                    match resolved(folder, &target) {
-                        Some(target) => Place::Link(target),
-                        None => continue,
-                    }
-                }
-                _ => continue,
-            };
-            entries.insert(name, place);
-        }
-        drop(listed);
-        drop(archive);
+        let entries = places_in(&file, path)?;
         Ok(Self::Tar { file: Arc::new(file), entries })
     }
 
@@ -325,6 +290,40 @@ impl Files {
             }
         }
     }
+}
+
+/// Where each entry of the archive has its content.
+fn places_in(file: &File, path: &Path) -> Result<HashMap<PathBuf, Place>, ImageProblem> {
+    let wrong = |problem: String| ImageProblem::Form { path: path.to_owned(), problem };
+    let budget = HeaderBudget::default();
+    let mut archive = tar::Archive::new(budget.limit(file));
+    let mut entries = HashMap::new();
+    let mut listed = archive.entries_with_seek().map_err(|error| wrong(error.to_string()))?;
+    loop {
+        budget.expect_header();
+        let Some(entry) = listed.next() else { break };
+        let entry = entry.map_err(|error| wrong(format!("it is no tar ({error})")))?;
+        budget.lift();
+        if entries.len() >= ENTRIES_MAX {
+            return Err(wrong(format!("it has more than {ENTRIES_MAX} entries")));
+        }
+        if let Some((name, place)) = place_of(&entry) {
+            entries.insert(name, place);
+        }
+    }
+    Ok(entries)
+}
+
+/// `None` for what no document can mean: folders, and names or links that lead out.
+fn place_of<R: Read>(entry: &tar::Entry<'_, R>) -> Option<(PathBuf, Place)> {
+    let name = clean(&entry.path_bytes())?;
+    let place = match entry.header().entry_type() {
+        tar::EntryType::Regular | tar::EntryType::Continuous => Place::At { offset: entry.raw_file_position(), size: entry.size() },
+        tar::EntryType::Link => Place::Link(clean(&entry.link_name_bytes()?)?),
+        tar::EntryType::Symlink => Place::Link(resolved(name.parent().unwrap_or(Path::new("")), &entry.link_name_bytes()?)?),
+        _ => return None,
+    };
+    Some((name, place))
 }
 
 /// A path inside the archive, or `None` for one that leads out.

@@ -98,7 +98,7 @@ fn bring_all(
     };
     std::thread::scope(|scope| {
         for _ in 0..LAYERS_AT_ONCE.min(blobs.len()) {
-            scope.spawn(&work);
+            scope.spawn(work);
         }
     });
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
