@@ -116,6 +116,8 @@ enum Ended {
     Done,
     /// The kernel is gone with it.
     Lost(String),
+    /// The kernel was gone before the cell began.
+    NotBegun,
     Restarted(oneshot::Sender<Result<(), StartError>>),
     Removed,
 }
@@ -195,17 +197,14 @@ impl Context {
             return true;
         }
         let Job { cell, outputs } = job;
-        let ended = match self.start_kernel().await {
-            Ok(()) => self.run_cell(&cell, &outputs).await,
-            Err(error) => {
-                let failure = Failure::new("KernelStartError", format!("the {} kernel could not be started: {error}", self.facts.language));
-                let _ = outputs.send(Output::Failed(failure)).await;
-                Ended::Done
-            }
-        };
+        let mut ended = self.try_cell(&cell, &outputs).await;
+        if matches!(ended, Ended::NotBegun) {
+            self.kernel = None;
+            ended = self.try_cell(&cell, &outputs).await;
+        }
         memory::release_later();
         match ended {
-            Ended::Done => true,
+            Ended::Done | Ended::NotBegun => true,
             Ended::Removed => false,
             Ended::Lost(reason) => {
                 self.kernel = None;
@@ -218,6 +217,19 @@ impl Context {
                 drop(outputs);
                 self.restart(done).await;
                 true
+            }
+        }
+    }
+
+    async fn try_cell(&mut self, cell: &Cell, outputs: &mpsc::Sender<Output>) -> Ended {
+        // It may have died a moment ago, and nobody has looked.
+        self.kernel.take_if(|kernel| kernel.has_ended());
+        match self.start_kernel().await {
+            Ok(()) => self.run_cell(cell, outputs).await,
+            Err(error) => {
+                let failure = Failure::new("KernelStartError", format!("the {} kernel could not be started: {error}", self.facts.language));
+                let _ = outputs.send(Output::Failed(failure)).await;
+                Ended::Done
             }
         }
     }
@@ -241,8 +253,8 @@ impl Context {
             }
             kernel.begin(&cell.code, Visibility::Shown).await
         };
-        if let Err(error) = begun.await {
-            return Ended::Lost(error.to_string());
+        if begun.await.is_err() {
+            return Ended::NotBegun;
         }
         let ended = self.follow(cell, outputs).await;
         if matches!(ended, Ended::Done) && !set.is_empty() {
@@ -266,7 +278,7 @@ impl Context {
         let generation = self.agent.identity().generation;
         let mut deadline = cell.time_max.map(|time| Instant::now() + time);
         let mut interrupt_at: Option<Instant> = None;
-        let mut is_watched = true;
+        let (mut is_watched, mut has_begun) = (true, false);
         loop {
             let Some(kernel) = &mut self.kernel else { return Ended::Lost("it is not there".to_owned()) };
             // Cancel-safe, all of them: queues, timers, and a kernel that keeps what it has read.
@@ -279,9 +291,13 @@ impl Context {
                     Some(Order::Introduce) => self.introduce().await,
                 },
                 event = kernel.next() => match event {
-                    Event::Output(output) => drop(outputs.send(output).await),
+                    Event::Output(output) => {
+                        has_begun = true;
+                        let _ = outputs.send(output).await;
+                    }
                     Event::Done => return Ended::Done,
-                    Event::Died(reason) => return Ended::Lost(reason),
+                    Event::Died(reason) if has_begun => return Ended::Lost(reason),
+                    Event::Died(_) => return Ended::NotBegun,
                 },
                 () = outputs.closed(), if is_watched => {
                     is_watched = false;

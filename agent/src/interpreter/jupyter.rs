@@ -74,6 +74,8 @@ impl JupyterKernel {
             exit = process.ended() => return Err(StartError::Ended { status: exit.status(), said: said(&tail) }),
         };
         let (shell, iopub) = sockets;
+        // How to connect to it by hand, which it tells everybody.
+        tail.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(JupyterKernel { shell, iopub, session, process, tail, cell: None, pending: VecDeque::new(), folder })
     }
 

@@ -95,6 +95,13 @@ impl Kernel {
         }
     }
 
+    pub(super) fn has_ended(&mut self) -> bool {
+        match self {
+            Kernel::Jupyter(kernel) => kernel.process.has_ended(),
+            Kernel::Lines(kernel) => kernel.process.has_ended(),
+        }
+    }
+
     /// As Ctrl-C. The cell ends by itself some time later, or goes on if its language lets it.
     pub(super) async fn interrupt(&mut self) {
         match self {

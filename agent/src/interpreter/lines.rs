@@ -43,7 +43,7 @@ const CHUNK_BYTES: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct LinesKernel {
     wire: Wire,
-    process: KernelProcess,
+    pub(super) process: KernelProcess,
     requests: pipe::Sender,
     events: pipe::Receiver,
     received: BytesMut,

@@ -165,7 +165,8 @@ impl Interpreter {
     }
 
     fn begin_defaults(&self, agent: &Arc<Agent>) {
-        let languages = languages::all().into_iter().filter(|(_, language)| language.start != Start::OnDemand);
+        let mut languages: Vec<_> = languages::all().into_iter().filter(|(_, language)| language.start != Start::OnDemand).collect();
+        languages.sort_by_key(|(_, language)| language.start != Start::Warm);
         for (name, language) in languages {
             match self.add(agent, &name, CWD.to_owned(), IsDefault::Yes) {
                 Ok(context) if language.start == Start::Warm => self.await_warm(agent, &context),

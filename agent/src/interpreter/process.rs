@@ -121,15 +121,23 @@ impl KernelProcess {
         let _ = pidfd_send_signal(&self.pidfd, Signal::URG);
     }
 
-    fn is_gone(&mut self) -> bool {
-        self.ended.is_some() || !matches!(self.exit.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+    /// As far as the reaper knows by now.
+    pub(super) fn has_ended(&mut self) -> bool {
+        if self.ended.is_none() {
+            self.ended = match self.exit.try_recv() {
+                Ok(exit) => Some(exit),
+                Err(oneshot::error::TryRecvError::Empty) => None,
+                Err(oneshot::error::TryRecvError::Closed) => Some(Exit::Code(0)),
+            };
+        }
+        self.ended.is_some()
     }
 }
 
 impl Drop for KernelProcess {
     fn drop(&mut self) {
         // Once it is reaped, its number may be another's.
-        if !self.is_gone() {
+        if !self.has_ended() {
             let _ = kill_process_group(self.pid, Signal::KILL);
         }
     }

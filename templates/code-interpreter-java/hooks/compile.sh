@@ -2,4 +2,4 @@
 # The kernel's classes, so that its start needs no compiler.
 set -eu
 cd /usr/share/stillbox/interpreter/java
-javac --add-modules jdk.jshell -Xlint:-sunapi -XDignore.symbol.file JavaKernel.java
+javac --add-modules jdk.jshell -XDignore.symbol.file JavaKernel.java
