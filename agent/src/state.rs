@@ -102,6 +102,8 @@ impl Agent {
         let mut identity = self.identity.write().unwrap_or_else(PoisonError::into_inner);
         let changed = Identity { own_envs, own_envs_from: EnvsFrom::User, ..Identity::clone(&identity) };
         *identity = Arc::new(changed.composed());
+        drop(identity);
+        self.interpreter.share_envs();
     }
 
     /// Holds the control secret; whoever holds the guard is the only one to rotate it.

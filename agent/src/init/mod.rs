@@ -254,7 +254,7 @@ mod tests {
         let envs = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         request.template_env = envs(&[("A", "template"), ("B", "template")]);
         request.env_vars = envs(&[("A", "sandbox"), ("E2B_SANDBOX_ID", "forged")]);
-        let identity = identity(&request, envs(&[("B", "ca"), ("C", "ca")]), "/bin".into());
+        let identity = identity(&request, envs(&[("B", "ca"), ("C", "ca")]), &Identity::generic("/bin".into()));
         let expected = [
             ("A", "sandbox"),
             ("B", "template"),

@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::kernel::{EnvChange, Event, Kernel, Visibility};
+use super::kernel::{EnvChange, Event, Kernel, Randomness, Visibility};
 use super::languages::Language;
 use super::output::{Failure, Output};
 use super::process::StartError;
@@ -54,8 +54,8 @@ enum Order {
     Warm(oneshot::Sender<()>),
     /// Forget all state; answered when a new kernel waits.
     Restart(oneshot::Sender<Result<(), StartError>>),
-    /// The sandbox has become another.
-    Introduce,
+    /// The sandbox has become another, or has other variables.
+    Introduce(Randomness),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -94,8 +94,8 @@ impl Handle {
         receiver.await.unwrap_or(Ok(()))
     }
 
-    pub(super) fn introduce(&self) {
-        let _ = self.orders.send(Order::Introduce);
+    pub(super) fn introduce(&self, randomness: Randomness) {
+        let _ = self.orders.send(Order::Introduce(randomness));
     }
 }
 
@@ -151,7 +151,7 @@ impl Context {
                 let _ = done.send(());
             }
             Order::Restart(done) => self.restart(done).await,
-            Order::Introduce => self.introduce().await,
+            Order::Introduce(randomness) => self.introduce(randomness).await,
         }
     }
 
@@ -160,12 +160,12 @@ impl Context {
         let _ = done.send(self.start_kernel().await);
     }
 
-    async fn introduce(&mut self) {
+    async fn introduce(&mut self, randomness: Randomness) {
         let envs = self.agent.identity().envs.clone();
         let change = EnvChange::between(&self.envs, &envs);
         self.envs = envs;
         if let Some(kernel) = &mut self.kernel
-            && let Err(error) = kernel.introduce(&change).await
+            && let Err(error) = kernel.introduce(&change, randomness).await
         {
             self.warn("could not tell a kernel whose it is now", &error.to_string());
         }
@@ -288,7 +288,7 @@ impl Context {
                     None => return Ended::Removed,
                     Some(Order::Restart(done)) => return Ended::Restarted(done),
                     Some(Order::Warm(done)) => drop(done.send(())),
-                    Some(Order::Introduce) => self.introduce().await,
+                    Some(Order::Introduce(randomness)) => self.introduce(randomness).await,
                 },
                 event = kernel.next() => match event {
                     Event::Output(output) => {

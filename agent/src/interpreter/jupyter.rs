@@ -14,7 +14,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::kernel::{Event, Visibility};
+use super::kernel::{EnvChange, Event, Randomness, Visibility};
 use super::languages::{Language, Wire};
 use super::message::{Incoming, Session};
 use super::output::{Failure, Output, Printed, Role, Shown};
@@ -42,6 +42,9 @@ pub(super) struct JupyterKernel {
     cell: Option<Cell>,
     /// What has come of the cell and was not asked for yet.
     pending: VecDeque<Event>,
+    /// All that it was told since its start: what it has not read yet must not be overwritten.
+    told: EnvChange,
+    reseeds: u64,
     folder: Folder,
 }
 
@@ -76,11 +79,31 @@ impl JupyterKernel {
         let (shell, iopub) = sockets;
         // How to connect to it by hand, which it tells everybody.
         tail.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        Ok(JupyterKernel { shell, iopub, session, process, tail, cell: None, pending: VecDeque::new(), folder })
+        Ok(JupyterKernel {
+            shell,
+            iopub,
+            session,
+            process,
+            tail,
+            cell: None,
+            pending: VecDeque::new(),
+            told: EnvChange::default(),
+            reseeds: 0,
+            folder,
+        })
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        self.folder.path()
+    /// Returns at once. The kernel reads the file when the signal comes, between two instructions of whatever it runs; a
+    /// request would wait for the end of the cell, and two forks would go on with the same random numbers.
+    pub(super) fn introduce(&mut self, change: &EnvChange, randomness: Randomness) -> io::Result<()> {
+        self.told.extend(change);
+        self.reseeds += u64::from(randomness == Randomness::New);
+        let identity = json!({ "set": self.told.set, "unset": self.told.unset, "reseeds": self.reseeds });
+        let (aside, file) = (self.folder.path().join("identity.new"), self.folder.path().join("identity.json"));
+        std::fs::write(&aside, identity.to_string())?;
+        std::fs::rename(&aside, &file)?;
+        self.process.poke();
+        Ok(())
     }
 
     /// Sends code; [`next`](Self::next) tells what comes of it.

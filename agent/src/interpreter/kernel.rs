@@ -2,9 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
 
-use serde::Serialize;
 use serde_json::json;
 
 use super::jupyter::JupyterKernel;
@@ -31,8 +29,16 @@ pub(super) enum Visibility {
     Silent,
 }
 
+/// Whether a kernel goes on with the random numbers that it would have drawn anyway.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Randomness {
+    Kept,
+    /// Its twin in another sandbox would draw the same ones.
+    New,
+}
+
 /// Variables to give to a running kernel, and those to take from it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct EnvChange {
     pub(super) set: BTreeMap<String, String>,
     pub(super) unset: Vec<String>,
@@ -46,6 +52,14 @@ impl EnvChange {
             set: new.iter().filter(is_new).map(|(name, value)| (name.clone(), value.clone())).collect(),
             unset: old.keys().filter(|name| !new.contains_key(*name)).cloned().collect(),
         }
+    }
+
+    /// As if `later` had been part of this change.
+    pub(super) fn extend(&mut self, later: &EnvChange) {
+        self.unset.retain(|name| !later.set.contains_key(name));
+        self.set.retain(|name, _| !later.unset.contains(name));
+        self.set.extend(later.set.clone());
+        self.unset.extend(later.unset.clone());
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -129,19 +143,17 @@ impl Kernel {
         }
     }
 
-    /// The sandbox has become another one, perhaps in the middle of a cell: new variables, and randomness of its own.
-    /// Returns at once. A Jupyter kernel reads the file when the signal comes, between two instructions of whatever it
-    /// runs; a request would wait for the end of the cell, and two forks would go on with the same random numbers.
-    pub(super) async fn introduce(&mut self, change: &EnvChange) -> io::Result<()> {
+    /// The sandbox has become another one, perhaps in the middle of a cell: new variables, and mostly new randomness.
+    pub(super) async fn introduce(&mut self, change: &EnvChange, randomness: Randomness) -> io::Result<()> {
         match self {
-            Kernel::Lines(kernel) => kernel.introduce(change).await,
-            Kernel::Jupyter(kernel) => {
-                let (aside, file): (PathBuf, PathBuf) = (kernel.folder().join("identity.new"), kernel.folder().join("identity.json"));
-                std::fs::write(&aside, json!(change).to_string())?;
-                std::fs::rename(&aside, &file)?;
-                kernel.process.poke();
+            Kernel::Lines(kernel) => {
+                kernel.change_env(change).await?;
+                if randomness == Randomness::New {
+                    kernel.reseed().await?;
+                }
                 Ok(())
             }
+            Kernel::Jupyter(kernel) => kernel.introduce(change, randomness),
         }
     }
 }
@@ -189,6 +201,13 @@ mod tests {
         let change = EnvChange::between(&old, &new);
         assert_eq!(change, EnvChange { set: envs(&[("B", "x"), ("D", "4")]), unset: vec!["C".into()] });
         assert!(EnvChange::between(&new, &new).is_empty());
+    }
+
+    #[test]
+    fn two_changes_make_one() {
+        let mut change = EnvChange { set: envs(&[("A", "1"), ("B", "2")]), unset: vec!["C".into(), "D".into()] };
+        change.extend(&EnvChange { set: envs(&[("B", "3"), ("C", "4")]), unset: vec!["A".into()] });
+        assert_eq!(change, EnvChange { set: envs(&[("B", "3"), ("C", "4")]), unset: vec!["D".into(), "A".into()] });
     }
 
     #[test]

@@ -185,9 +185,8 @@ impl LinesKernel {
         self.requests.write_all(lines.as_bytes()).await
     }
 
-    /// Read before the next cell.
-    pub(super) async fn introduce(&mut self, change: &EnvChange) -> io::Result<()> {
-        self.change_env(change).await?;
+    /// New randomness from the next cell on.
+    pub(super) async fn reseed(&mut self) -> io::Result<()> {
         let line = match self.wire {
             // Its generator has 32 bits; SRANDOM asks the kernel.
             Wire::Bash => format!("RANDOM=$((16#{}))\n", random_hex(4)),

@@ -34,6 +34,7 @@ use tokio::sync::mpsc;
 use self::context::Handle;
 pub(crate) use self::context::QueueFull;
 pub(crate) use self::http::enable;
+use self::kernel::Randomness;
 pub(crate) use self::languages::LanguageError;
 use self::languages::Start;
 pub(crate) use self::output::{Failure, Output, Printed, Role, Shown};
@@ -152,10 +153,15 @@ impl Interpreter {
             return;
         }
         let contexts = self.state().contexts.clone();
-        contexts.iter().for_each(|context| context.introduce());
+        contexts.iter().for_each(|context| context.introduce(Randomness::New));
         if !std::mem::replace(&mut self.state().has_defaults, true) {
             self.begin_defaults(agent);
         }
+    }
+
+    /// The sandbox's variables have changed; kernels get them for what they run next.
+    pub(crate) fn share_envs(&self) {
+        self.state().contexts.iter().for_each(|context| context.introduce(Randomness::Kept));
     }
 
     /// Whether the kernels that the template's dump is to hold are waiting.

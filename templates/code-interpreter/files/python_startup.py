@@ -87,7 +87,8 @@ def _stillbox_images():
 def _stillbox_identity():
     """The agent sends SIGURG when the sandbox has become another one (created from a dump, forked), even in the middle
     of a cell: the variables are then the new sandbox's, and every generator starts again from the kernel's randomness.
-    A resumed sandbox is the same one and is sent nothing: what it seeded stays seeded."""
+    A resumed sandbox is the same one and is sent nothing: what it seeded stays seeded. Variables that change at run time
+    come the same way, without new randomness."""
     import json
     import os
     import signal
@@ -96,8 +97,10 @@ def _stillbox_identity():
     from ipykernel.kernelapp import IPKernelApp
 
     folder = os.path.dirname(IPKernelApp.instance().abs_connection_file)
+    reseeds = 0
 
     def become_another(number=None, frame=None):
+        nonlocal reseeds
         try:
             with open(os.path.join(folder, "identity.json")) as file:
                 change = json.load(file)
@@ -106,7 +109,11 @@ def _stillbox_identity():
         os.environ.update(change.get("set", {}))
         for name in change.get("unset", ()):
             os.environ.pop(name, None)
-        modules = sys.modules
+        if change.get("reseeds", 0) != reseeds:
+            reseeds = change["reseeds"]
+            reseed(sys.modules)
+
+    def reseed(modules):
         if "random" in modules:
             modules["random"].seed(os.urandom(32))
         if "numpy.random" in modules:
