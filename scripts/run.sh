@@ -44,5 +44,9 @@ The server runs until you press Ctrl-C. In another terminal:
   eval "\$($stillbox env)"
   python3 -c "from e2b import Sandbox; s = Sandbox.create(); print(s.commands.run('id').stdout); s.kill()"
 
+For cells with state, charts and rich results (e2b-code-interpreter), once, about a minute; the server need not be stopped:
+
+  $stillbox template build code-interpreter
+
 TEXT
 wait "$server"

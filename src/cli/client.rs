@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
+use stillbox_agent::wire::AGENT_PORT;
 
 /// Why the server did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +134,12 @@ impl Client {
         self.accepted(&url, request.send(body))
     }
 
+    /// POST to a port of a sandbox through the proxy.
+    pub fn post_port(&self, sandbox: &Target, port: u16, path: &str, body: &serde_json::Value) -> Result<ureq::Body, ClientError> {
+        let url = format!("{}{path}", self.base);
+        self.accepted(&url, sandbox.addressed_at(port, self.agent.post(&url)).send_json(body))
+    }
+
     /// GET from a sandbox's agent through the proxy.
     pub fn get_agent(&self, sandbox: &Target, path: &str) -> Result<ureq::Body, ClientError> {
         let url = format!("{}{path}", self.base);
@@ -183,8 +190,13 @@ pub struct Target {
 
 impl Target {
     /// The headers that lead to this sandbox's agent and name who asks.
-    fn addressed<B>(&self, mut request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
-        request = request.header("E2b-Sandbox-Id", &self.id).header("E2b-Sandbox-Port", "49983");
+    fn addressed<B>(&self, request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
+        self.addressed_at(AGENT_PORT, request)
+    }
+
+    /// As [`Target::addressed`], for another port of the sandbox.
+    fn addressed_at<B>(&self, port: u16, mut request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
+        request = request.header("E2b-Sandbox-Id", &self.id).header("E2b-Sandbox-Port", port.to_string());
         if let Some(token) = &self.token {
             request = request.header("X-Access-Token", token);
         }

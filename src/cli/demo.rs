@@ -9,6 +9,7 @@ use super::{Outcome, sandbox::segment};
 use crate::config::Config;
 use serde::Deserialize;
 use serde_json::json;
+use stillbox_agent::wire::INTERPRETER_PORT;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,9 @@ type Failure = Box<dyn std::error::Error>;
 const TIMEOUT_S: u32 = 120;
 /// What the demo adds up.
 const COUNT_TO: u32 = 1_000_000;
+
+/// The template with kernels, which takes a command to build.
+const INTERPRETER: &str = "code-interpreter";
 
 #[derive(Debug, Deserialize)]
 struct Created {
@@ -58,7 +62,7 @@ struct Demo<'a> {
 
 impl Demo<'_> {
     fn walk(&mut self) -> Result<(), Failure> {
-        let (target, took) = timed(|| self.create())?;
+        let (target, took) = timed(|| self.create("base"))?;
         step(&format!("create    sandbox {} from template base", target.id), took);
 
         let (kernel, took) = timed(|| capture(self.client, &target, "echo \"$(id -un) on $(uname -sr), $(nproc) CPUs\""))?;
@@ -80,7 +84,7 @@ impl Demo<'_> {
             Err(error) if is_not_served(error.as_ref()) => println!("  pause     not served by this version"),
             outcome => outcome?,
         }
-        Ok(())
+        self.cells()
     }
 
     /// A program that counts in memory is paused, resumed and forked: it goes on everywhere from where it was.
@@ -111,8 +115,42 @@ impl Demo<'_> {
         Ok(())
     }
 
-    fn create(&mut self) -> Result<Target, Failure> {
-        let body = json!({ "templateID": "base", "timeout": TIMEOUT_S, "secure": true, "metadata": { "made-by": "stillbox demo" } });
+    /// Cells of two languages, where the template has been built; creating from it is a restore with a kernel that waits.
+    fn cells(&mut self) -> Result<(), Failure> {
+        let (target, took) = match timed(|| self.create(INTERPRETER)) {
+            Err(error) if is_unknown(error.as_ref()) => {
+                println!("            cells: to see charts and state between cells, stillbox template build {INTERPRETER}");
+                return Ok(());
+            }
+            created => created?,
+        };
+        step(&format!("create    sandbox {} from template {INTERPRETER}", target.id), took);
+        let (value, took) = timed(|| self.run_cell(&target, "python", "squares = [n * n for n in range(6)]; sum(squares)"))?;
+        expect("the cell's value", &value, "55")?;
+        step(&format!("python    sum(squares) = {}", shown(&value)), took);
+        let (value, took) = timed(|| self.run_cell(&target, "python", "squares[-1]"))?;
+        expect("what the first cell made, in the second", &value, "25")?;
+        step(&format!("python    squares[-1] = {}: what a cell made is there for the next", shown(&value)), took);
+        let (value, took) = timed(|| self.run_cell(&target, "typescript", "const all: number[] = await Promise.all([1, 2]); all.length"))?;
+        expect("the TypeScript cell's value", &value, "2")?;
+        step("typescript  await at the top level, types and all", took);
+        Ok(())
+    }
+
+    /// The value of a cell, as text.
+    fn run_cell(&self, target: &Target, language: &str, code: &str) -> Result<String, Failure> {
+        let body = json!({ "code": code, "language": language });
+        let lines = self.client.post_port(target, INTERPRETER_PORT, "/execute", &body)?.read_to_string()?;
+        let outputs: Vec<serde_json::Value> = lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        if let Some(error) = outputs.iter().find(|output| output["type"] == "error") {
+            return Err(format!("the cell failed: {}: {}", error["name"], error["value"]).into());
+        }
+        let value = outputs.iter().find(|output| output["is_main_result"] == true).and_then(|output| output["text"].as_str());
+        value.map(str::to_owned).ok_or_else(|| "the cell has no value".into())
+    }
+
+    fn create(&mut self, template: &str) -> Result<Target, Failure> {
+        let body = json!({ "templateID": template, "timeout": TIMEOUT_S, "secure": true, "metadata": { "made-by": "stillbox demo" } });
         let created: Created = self.client.post("/sandboxes", &body)?;
         self.made.push(created.sandbox_id.clone());
         Ok(created.into())
@@ -164,6 +202,10 @@ impl Demo<'_> {
 
 fn is_not_served(error: &(dyn std::error::Error + 'static)) -> bool {
     matches!(error.downcast_ref(), Some(ClientError::Refused { status: 501, .. }))
+}
+
+fn is_unknown(error: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(ClientError::Refused { status: 404, .. }))
 }
 
 fn timed<T>(verb: impl FnOnce() -> Result<T, Failure>) -> Result<(T, Duration), Failure> {

@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def server():
-    server = Server(**SETTINGS)
+    server = Server(templates=("base", "code-interpreter"), **SETTINGS)
     server.start()
     os.environ.update(server.environment())
     os.environ.update(server.environment("novita"))

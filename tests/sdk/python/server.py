@@ -3,6 +3,7 @@
 import atexit
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -35,7 +36,8 @@ class Server:
     # mount of its own, and hard links do not cross mounts.
     template_dir = None
 
-    def __init__(self, **settings):
+    def __init__(self, templates=("base",), **settings):
+        self.templates = templates
         self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-"))
         self.port, self.tls_port = free_port(), free_port()
         self.settings = settings
@@ -79,13 +81,29 @@ class Server:
             Server.template_dir = pathlib.Path(tempfile.mkdtemp(prefix="stillbox-sdk-template-"))
             atexit.register(shutil.rmtree, Server.template_dir, ignore_errors=True)
             archive = os.environ.get("STILLBOX_TEST_BASE")
-            verb = ["import", archive] if archive else ["build", "base"]
-            subprocess.run([BINARY, f"--data-dir={Server.template_dir}", "template", *verb], check=True, env=ENVIRONMENT)
-        for folder in ("layers", "templates"):
-            subprocess.run(["cp", "-al", str(Server.template_dir / folder), str(self.data_dir / folder)], check=True)
+            verbs = [["import", archive]] if archive else [["build", name] for name in self.templates]
+            for verb in verbs:
+                subprocess.run([BINARY, f"--data-dir={Server.template_dir}", "template", *verb], check=True, env=ENVIRONMENT)
+        subprocess.run(["cp", "-al", str(Server.template_dir / "layers"), str(self.data_dir / "layers")], check=True)
+        (self.data_dir / "templates").mkdir(mode=0o700)
+        for manifest in (Server.template_dir / "templates").glob("*.json"):
+            # `base-<hash>.json`
+            if manifest.stem.rpartition("-")[0] in self.templates:
+                shutil.copy(manifest, self.data_dir / "templates")
 
     def log(self):
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def wait_for_dump(self, name):
+        """Until creates from the built-in template `name` are restores."""
+        deadline = time.monotonic() + START_S_MAX
+        made = set()
+        while time.monotonic() < deadline:
+            made = set(re.findall(r"Creates from build (\S+) restore", self.log()))
+            if len(made) >= len(self.templates):
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{name} has no dump; there are {made}:\n{self.log()[-2000:]}")
 
     def kill9(self):
         self.process.send_signal(signal.SIGKILL)
