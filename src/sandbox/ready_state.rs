@@ -18,8 +18,10 @@ use crate::model::{
 use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, RuntimeError, StartFrom, StartRequest};
 use crate::store::{snapshots, templates};
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
 
 /// Why a build has no dump of its ready state.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +108,7 @@ pub(super) fn make_later(core: &Arc<Core>, build: BuildRecord) {
     }
     let task_core = Arc::clone(core);
     core.spawn(async move {
-        if let Err(error) = make(&task_core, build, &mut Nobody).await {
+        if let Err(error) = make(&task_core, build, &mut Nobody, pending()).await {
             tracing::warn!(error = chain(&error), "Creates from this build start cold");
         }
     });
@@ -129,26 +131,46 @@ pub(super) async fn ensure(core: &Arc<Core>, id: BuildId) -> Result<(), ReadySta
             expect_creates(core, &build, dump.id);
             Ok(())
         }
-        None => make(core, build, &mut Nobody).await,
+        None => make(core, build, &mut Nobody, pending()).await,
     }
 }
 
-/// For a build that is not ready yet: its commands, told to the witness, and the dump where creates are restores.
-pub(super) async fn first(core: &Arc<Core>, build: BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
-    match core.config.create_by {
-        CreateBy::Restore => make(core, build, witness).await,
-        CreateBy::ColdStart => try_commands(core, &build, witness).await,
-    }
+/// For a build that is not ready yet: its commands, told to the witness, and the dump where creates are restores. When
+/// the caller vanishes, the commands are given up and their sandbox is removed.
+pub(super) async fn first(core: &Arc<Core>, build: BuildRecord, mut witness: Box<dyn Witness>) -> Result<(), ReadyStateError> {
+    let (id, (mut reply, answer)) = (build.id, oneshot::channel());
+    let task_core = Arc::clone(core);
+    core.spawn(async move {
+        let made = match task_core.config.create_by {
+            CreateBy::Restore => make(&task_core, build, witness.as_mut(), reply.closed()).await,
+            CreateBy::ColdStart => try_commands(&task_core, &build, witness.as_mut(), reply.closed()).await,
+        };
+        // What it still has to say comes before the answer.
+        drop(witness);
+        let _caller_may_be_gone = reply.send(made);
+    });
+    let ended = |_| ReadyStateError::Dump { build: id, source: cause(Unwanted) };
+    answer.await.map_err(ended)?
 }
+
+/// Nobody waits for the ready state any more.
+#[derive(Debug, thiserror::Error)]
+#[error("it is not waited for any more")]
+struct Unwanted;
 
 /// Whether the build's commands lead to its ready state, without keeping it.
-async fn try_commands(core: &Arc<Core>, build: &BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
+async fn try_commands(
+    core: &Arc<Core>,
+    build: &BuildRecord,
+    witness: &mut dyn Witness,
+    unwanted: impl Future<Output = ()> + Send,
+) -> Result<(), ReadyStateError> {
     if !commands::has_any(build) {
         return Ok(());
     }
     let _until_removed = core.create_under_way().await;
     let id = SandboxId::random();
-    let reached = reach(core, id, build, witness).await;
+    let reached = reach(core, id, build, witness, unwanted).await;
     remove(core, id).await;
     reached.map(drop).map_err(|failed| failed.of(build.id))
 }
@@ -159,7 +181,12 @@ async fn remove(core: &Core, id: SandboxId) {
     }
 }
 
-async fn make(core: &Arc<Core>, build: BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
+async fn make(
+    core: &Arc<Core>,
+    build: BuildRecord,
+    witness: &mut dyn Witness,
+    unwanted: impl Future<Output = ()> + Send,
+) -> Result<(), ReadyStateError> {
     // Its sandbox is nobody's: a close that did not wait for the end would leave it running.
     let _until_removed = core.create_under_way().await;
     if core.is_closing() || !core.ready_states.begin(build.id) {
@@ -167,7 +194,7 @@ async fn make(core: &Arc<Core>, build: BuildRecord, witness: &mut dyn Witness) -
     }
     let begun = Instant::now();
     let id = SandboxId::random();
-    let made = dump_of(core, id, &build, witness).await;
+    let made = dump_of(core, id, &build, witness, unwanted).await;
     remove(core, id).await;
     core.ready_states.end(build.id, &made);
     let snapshot = made.map_err(|failed| failed.of(build.id))?;
@@ -186,16 +213,33 @@ fn expect_creates(core: &Core, build: &BuildRecord, dump: SnapshotId) {
 }
 
 /// Starts a sandbox and leads it to the ready state; the secret that its agent wants next.
-async fn reach(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &mut dyn Witness) -> Result<String, Failed> {
+async fn reach(
+    core: &Arc<Core>,
+    id: SandboxId,
+    build: &BuildRecord,
+    witness: &mut dyn Witness,
+    unwanted: impl Future<Output = ()> + Send,
+) -> Result<String, Failed> {
     let first_secret = random_secret();
     core.runtime.start(start_request(id, build, first_secret.clone())).await.map_err(cause)?;
     agent::wait_until_up(&core.runtime, id, core.config.agent_ready_max).await.map_err(cause)?;
-    run_commands(core, id, build, first_secret, witness).await
+    tokio::select! {
+        biased;
+        // Cancel-safe: the sandbox is removed whatever its commands were doing.
+        () = unwanted => Err(cause(Unwanted).into()),
+        secret = run_commands(core, id, build, first_secret, witness) => secret,
+    }
 }
 
-async fn dump_of(core: &Arc<Core>, id: SandboxId, build: &BuildRecord, witness: &mut dyn Witness) -> Result<SnapshotId, Failed> {
+async fn dump_of(
+    core: &Arc<Core>,
+    id: SandboxId,
+    build: &BuildRecord,
+    witness: &mut dyn Witness,
+    unwanted: impl Future<Output = ()> + Send,
+) -> Result<SnapshotId, Failed> {
     let snapshot = SnapshotId::random();
-    let secret = reach(core, id, build, witness).await?;
+    let secret = reach(core, id, build, witness, unwanted).await?;
     let findings = core.runtime.findings(id).await.map_err(cause)?;
     if !findings.is_empty() {
         return Err(cause(RuntimeError::NotDumpable { id, findings }).into());

@@ -101,8 +101,8 @@ impl Registry {
     }
 
     /// The commands of a build that is not ready yet, told to the witness, and the dump of the state they lead to. On
-    /// [`ReadyStateError::Dump`] creates from it would work, by cold starts.
-    pub async fn reach_ready_state(&self, build: BuildRecord, witness: &mut dyn Witness) -> Result<(), ReadyStateError> {
+    /// [`ReadyStateError::Dump`] creates from it would work, by cold starts. Dropping the future gives the commands up.
+    pub async fn reach_ready_state(&self, build: BuildRecord, witness: Box<dyn Witness>) -> Result<(), ReadyStateError> {
         ready_state::first(&self.core, build, witness).await
     }
 

@@ -11,6 +11,7 @@ use crate::model::{BuildRecord, NetworkPolicy, SandboxId};
 use crate::runtime::{DiskSource, RuntimeError, StartFrom, StartRequest, WrittenFiles};
 use std::path::Path;
 use std::sync::Arc;
+use tokio::sync::{OwnedRwLockReadGuard, oneshot};
 
 /// Why a build's sandbox did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -44,20 +45,30 @@ pub struct WorkshopRequest {
 pub struct Workshop {
     core: Arc<Core>,
     id: SandboxId,
-    is_removed: bool,
-    /// A close waits for it: nobody else would end its processes.
-    _under_way: tokio::sync::OwnedRwLockReadGuard<()>,
+    /// A close waits until it is removed: nobody else would end its processes. `None` once it is.
+    under_way: Option<OwnedRwLockReadGuard<()>>,
 }
 
 impl Workshop {
-    /// Starts it and waits for its agent.
+    /// Starts it and waits for its agent. What a vanished caller began is removed.
     pub(super) async fn open(core: &Arc<Core>, request: WorkshopRequest) -> Result<Self, WorkshopError> {
         let under_way = core.create_under_way().await;
         if core.is_closing() {
             return Err(WorkshopError::ShuttingDown);
         }
-        let (id, secret) = (SandboxId::random(), random_secret());
-        let workshop = Self { core: Arc::clone(core), id, is_removed: false, _under_way: under_way };
+        let (reply, answer) = oneshot::channel();
+        let task_core = Arc::clone(core);
+        // In a task of its own, since a start that is dropped in the middle leaves things behind.
+        core.spawn(async move {
+            let workshop = Self { core: Arc::clone(&task_core), id: SandboxId::random(), under_way: Some(under_way) };
+            let opened = workshop.start(request).await.map(|()| workshop);
+            let _caller_may_be_gone = reply.send(opened);
+        });
+        answer.await.unwrap_or(Err(WorkshopError::ShuttingDown))
+    }
+
+    async fn start(&self, request: WorkshopRequest) -> Result<(), WorkshopError> {
+        let (core, id, secret) = (&self.core, self.id, random_secret());
         let start = StartRequest {
             id,
             layers: request.build.layers.clone(),
@@ -69,7 +80,7 @@ impl Workshop {
         core.runtime.start(start).await?;
         let init = generic_introduction(core, id, &request.build);
         agent::init(&core.runtime, id, [&secret, &init.control_secret], &init, core.config.agent_ready_max).await?;
-        Ok(workshop)
+        Ok(())
     }
 
     /// Runs a command to its end.
@@ -96,16 +107,19 @@ impl Workshop {
 
     /// Removes it with all that was written in it.
     pub async fn remove(mut self) {
-        self.is_removed = true;
+        let _until_removed = self.under_way.take();
         destroy(&self.core, self.id).await;
     }
 }
 
 impl Drop for Workshop {
     fn drop(&mut self) {
-        if !self.is_removed {
+        if let Some(until_removed) = self.under_way.take() {
             let (core, id) = (Arc::clone(&self.core), self.id);
-            self.core.spawn(async move { destroy(&core, id).await });
+            self.core.spawn(async move {
+                destroy(&core, id).await;
+                drop(until_removed);
+            });
         }
     }
 }

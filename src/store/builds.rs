@@ -27,6 +27,23 @@ pub fn change_state(db: &Db<'_>, build: BuildId, from: BuildState, to: BuildStat
     Ok(db.0.prepare_cached(sql)?.execute(params![build.to_string(), words.0, words.1])? > 0)
 }
 
+/// Keeps what a build under way has become, whatever else is in its row.
+pub fn set_result(db: &Db<'_>, record: &BuildRecord) -> Result<(), StoreError> {
+    let sql = "UPDATE builds SET layers_json = ?2, env_json = ?3, user_name = ?4, workdir = ?5, start_command = ?6, \
+               ready_command = ?7, origin = ?8 WHERE id = ?1 AND state = 'building'";
+    db.0.prepare_cached(sql)?.execute(params![
+        record.id.to_string(),
+        to_json(&record.layers),
+        to_json(&record.env),
+        record.user,
+        record.workdir,
+        record.start_command,
+        record.ready_command,
+        record.origin,
+    ])?;
+    Ok(())
+}
+
 /// Ends a build that is not ready.
 pub fn fail(db: &Db<'_>, build: BuildId, failure: &BuildFailure, at: OffsetDateTime) -> Result<(), StoreError> {
     let sql = "UPDATE builds SET state = 'error', finished_at = ?2 WHERE id = ?1 AND state <> 'ready'";

@@ -59,6 +59,8 @@ fn word(word: &str) -> &str {
     match word {
         _ if is_hex(64) => "<token>",
         _ if is_hex(16) => "<request>",
+        _ if is_hex(12) => "<key>",
+        _ if word.len() == 10 && word.starts_with('1') && word.bytes().all(|byte| byte.is_ascii_digit()) => "<seconds>",
         word if word.parse::<SandboxId>().is_ok() => "<sandbox>",
         word if word.parse::<TemplateId>().is_ok() => "<template>",
         word if word.parse::<BuildId>().is_ok() && !word.starts_with("00000000") => "<build>",

@@ -4,6 +4,8 @@
 //! changed file is a decision to be explained in its commit; `UPDATE_GOLDEN=1 cargo test --test wire` writes them anew.
 
 #[cfg(test)]
+mod builds;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod through_the_proxy;

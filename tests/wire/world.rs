@@ -27,7 +27,8 @@ const KEY: &str = "e2b_0000000000000000000000000000000000000000";
 pub(crate) struct World {
     pub(crate) router: Router,
     pub(crate) registry: Registry,
-    runtime: Fake,
+    pub(crate) runtime: Fake,
+    means: Arc<dyn Fn() -> BuildsMeans + Send + Sync>,
     headers: Vec<(&'static str, String)>,
     _folder: Arc<TempDir>,
 }
@@ -60,20 +61,27 @@ impl World {
         .await
         .unwrap();
         let templates = Templates::open(template_config(folder.path()), store.clone());
-        let builds = Builds::open(BuildsMeans {
-            config: BuildConfig::default(),
-            templates_config: template_config(folder.path()),
-            templates: templates.clone(),
-            store,
-            registry: registry.clone(),
-            key,
-            resources: Resources { cpu_count: 2, memory: ByteSize::mib(512), disk: ByteSize::gib(20), pids_max: 1024 },
-        })
-        .await
-        .unwrap();
+        let means: Arc<dyn Fn() -> BuildsMeans + Send + Sync> = {
+            let (folder, templates, registry) = (folder.path().to_owned(), templates.clone(), registry.clone());
+            Arc::new(move || BuildsMeans {
+                config: BuildConfig { at_once: 1, waiting_max: 1, upload_bytes_max: ByteSize(1000), ..BuildConfig::default() },
+                templates_config: template_config(&folder),
+                templates: templates.clone(),
+                store: store.clone(),
+                registry: registry.clone(),
+                key: key.clone(),
+                resources: Resources { cpu_count: 2, memory: ByteSize::mib(512), disk: ByteSize::gib(20), pids_max: 1024 },
+            })
+        };
+        let builds = Builds::open(means()).await.unwrap();
         let config = ApiConfig::new(vec![KEY.to_owned()], "stillbox.localhost:3443");
         let router = router(ApiState::new(registry.clone(), templates, builds, config));
-        Self { router, registry, runtime, headers: vec![("x-api-key", KEY.to_owned())], _folder: folder }
+        Self { router, registry, runtime, means, headers: vec![("x-api-key", KEY.to_owned())], _folder: folder }
+    }
+
+    /// The builds of a server that starts on what another one left.
+    pub(crate) async fn builds_of_the_next_server(&self) -> Builds {
+        Builds::open((self.means)()).await.unwrap()
     }
 
     pub(crate) fn without_key(&self) -> Self {

@@ -23,8 +23,10 @@ pub struct FakeAgent {
     pub memory: BTreeMap<String, String>,
     /// Commands that it was asked to run, oldest first.
     pub commands: Vec<String>,
-    /// How the next commands end; 0 when there is none left.
+    /// How the next commands end; when there is none left, as `exit N` says, else 0.
     pub exit_codes: Vec<i64>,
+    /// Request lines of files that were put into it, oldest first.
+    pub files: Vec<String>,
     /// Answers nothing while true: an agent that hangs.
     pub hangs: bool,
 }
@@ -120,6 +122,10 @@ impl FakeAgent {
         if request.line.starts_with("POST /process.Process/Start ") {
             return self.run(&request.body);
         }
+        if request.line.starts_with("POST /files?") {
+            self.files.push(request.line.clone());
+            return ("200 OK", "[]".to_owned());
+        }
         if request.secret != self.control_secret {
             return ("401 Unauthorized", String::new());
         }
@@ -135,8 +141,10 @@ impl FakeAgent {
     /// Two events of Connect's stream: it started, and it ended.
     fn run(&mut self, body: &[u8]) -> (&'static str, String) {
         let message = body.get(5..).and_then(|message| serde_json::from_slice::<serde_json::Value>(message).ok()).unwrap_or_default();
-        self.commands.push(message["process"]["args"][2].as_str().unwrap_or_default().to_owned());
-        let code = self.exit_codes.pop().unwrap_or(0);
+        let script = message["process"]["args"][2].as_str().unwrap_or_default().to_owned();
+        let by_script = script.strip_prefix("exit ").and_then(|code| code.parse().ok()).unwrap_or(0);
+        let code = self.exit_codes.pop().unwrap_or(by_script);
+        self.commands.push(script);
         let events = [r#"{"event":{"start":{"pid":7}}}"#.to_owned(), format!(r#"{{"event":{{"end":{{"exitCode":{code}}}}}}}"#)];
         let length = |event: &str| String::from_utf8(vec![0, 0, 0, 0, event.len().try_into().unwrap_or(0)]).unwrap_or_default();
         ("200 OK", events.iter().map(|event| length(event) + event).collect())

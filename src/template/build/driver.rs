@@ -13,7 +13,7 @@ use super::uploads::Uploads;
 use super::{harvest, view::View};
 use crate::model::{BuildFailure, BuildRecord, BuildSource, BuildState, LogLevel};
 use crate::sandbox::{Command, ExecError, Printed, ReadyStateError, Registry, Witness, Workshop, WorkshopRequest};
-use crate::store::{Store, StoreError, builds, templates as rows};
+use crate::store::{Store, StoreError, builds};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
@@ -169,7 +169,7 @@ impl Driver<'_> {
                 return Err(part.failed(message));
             }
         }
-        self.announce(&part, &build.id.to_string(), Cache::Use);
+        self.announce(&part, &build.origin, Cache::Use);
         self.hold(&part, &build.layers)?;
         self.base_layers = build.layers.len();
         self.state = State { layers: build.layers, env: build.env, user: build.user, workdir: build.workdir, pending: Vec::new() };
@@ -354,7 +354,7 @@ impl Driver<'_> {
         let env = self.state.env_of_commands();
         let command = Command { user, cwd: &self.state.workdir, env: &env, script };
         let ended = workshop.run(command, &mut |piece| output.add(piece)).await;
-        output.finish();
+        drop(output);
         let failed = |why: String| part.failed(format!("failed to run command '{script}': {why}"));
         match ended {
             Ok(ended) if ended.code == 0 => Ok(()),
@@ -420,7 +420,7 @@ impl Driver<'_> {
         let record = BuildRecord { start_command: commands.start, ready_command: commands.ready, origin, ..self.record_so_far() };
         let row = record.clone();
         let failed = |error: StoreError| part.broke(&error);
-        self.means.store.write(move |db| rows::update_build(db, &row)).await.map_err(failed)?;
+        self.means.store.write(move |db| builds::set_result(db, &row)).await.map_err(failed)?;
         self.reach_ready_state(&part, record).await?;
         let took = begun.elapsed().as_secs_f64();
         self.log.say(LogLevel::Info, format!("Build finished, took {took:.1}s"));
@@ -433,10 +433,8 @@ impl Driver<'_> {
     }
 
     async fn reach_ready_state(&self, part: &Part, record: BuildRecord) -> Result<(), BuildFailure> {
-        let mut witness = Told { log: self.log, output: Output::of(self.log, &part.step, "start") };
-        let reached = self.means.registry.reach_ready_state(record, &mut witness).await;
-        witness.output.finish();
-        match reached {
+        let witness = Told { log: self.log.clone(), output: Output::of(self.log, &part.step, "start") };
+        match self.means.registry.reach_ready_state(record, Box::new(witness)).await {
             Ok(()) => Ok(()),
             Err(ReadyStateError::Commands { source, .. }) => Err(part.broke(&source)),
             Err(error @ ReadyStateError::Dump { .. }) => {
@@ -466,12 +464,13 @@ async fn compression_flag(archive: &Path) -> std::io::Result<&'static str> {
     Ok(if magic == [0x1f, 0x8b] { "z" } else { "" })
 }
 
-struct Told<'a> {
-    log: &'a BuildLog,
+/// Writes what start and ready command do into the log.
+struct Told {
+    log: BuildLog,
     output: Output,
 }
 
-impl Witness for Told<'_> {
+impl Witness for Told {
     fn began(&mut self, what: &str) {
         self.log.say_of(FINALIZE, LogLevel::Info, what);
     }

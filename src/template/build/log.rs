@@ -85,13 +85,6 @@ impl Output {
         self.tell(&lines, piece);
     }
 
-    /// What is left when there is no more.
-    pub(super) fn finish(mut self) {
-        let (stdout, stderr) = (std::mem::take(&mut self.stdout), std::mem::take(&mut self.stderr));
-        self.tell(&stdout, Printed::Stdout(&[]));
-        self.tell(&stderr, Printed::Stderr(&[]));
-    }
-
     fn tell(&self, lines: &[u8], stream: Printed<'_>) {
         let (level, stream) = match stream {
             Printed::Stdout(_) => (LogLevel::Info, "stdout"),
@@ -104,6 +97,15 @@ impl Output {
                 self.log.say_of(&self.step, level, format!("[{}] [{stream}]: {line}", self.prefix));
             }
         }
+    }
+}
+
+/// When there is no more, what is left is a line as well.
+impl Drop for Output {
+    fn drop(&mut self) {
+        let (stdout, stderr) = (std::mem::take(&mut self.stdout), std::mem::take(&mut self.stderr));
+        self.tell(&stdout, Printed::Stdout(&[]));
+        self.tell(&stderr, Printed::Stderr(&[]));
     }
 }
 
@@ -128,7 +130,6 @@ mod tests {
             }
             output.add(Printed::Stderr(b"10%\r50%\r100%\r\n"));
             output.add(Printed::Stdout(b"o"));
-            output.finish();
         });
         let expected = [
             (LogLevel::Info, "[builder 1/1] [stdout]: one".to_owned()),

@@ -21,7 +21,7 @@ pub enum StartBuildError {
     #[error("build {0} was started already; request a new build")]
     Started(BuildId),
     /// Too many wait.
-    #[error("{limit} builds are waiting, which is the limit; wait for some, or raise build.waiting_max")]
+    #[error("no more than {limit} builds may wait; try again when some are done, or raise build.waiting_max")]
     TooMany {
         /// The bound.
         limit: u32,
@@ -204,7 +204,10 @@ impl Inner {
 
     async fn wait_and_run(&self, log: &BuildLog, build: BuildRecord, plan: Plan) -> Result<(), BuildFailure> {
         if self.places.available_permits() == 0 {
-            log.say(LogLevel::Info, format!("Waiting: {} builds are under way", self.config.at_once));
+            log.say(
+                LogLevel::Info,
+                format!("Waiting for others: builds that work at once are limited to {} (build.at_once)", self.config.at_once),
+            );
         }
         let closed = |_| Stop::ServerEnds.failure();
         let _place = self.places.acquire().await.map_err(closed)?;
