@@ -50,6 +50,7 @@ keys! {
     "sandbox.create_by" => |c, v| c.sandbox.create_by = create_by(v)?;
     "snapshots.disk_bytes_max" => |c, v| c.sandbox.snapshots_bytes_max = v.size()?;
     "pause.fsync" => |c, v| c.sandbox.snapshot_sync = snapshot_sync(v)?;
+    "pause.unmount_fuse" => |c, v| c.sandbox.unmount_fuse = v.flag()?;
     "sandbox.mounts" => |c, v| c.runtime.mounts = mounts(v)?;
     "runtime.criu" => |c, v| c.runtime.criu = Some(absolute(v)?);
     "runtime.helper_time_max" => |c, v| c.runtime.helper_time_max = v.duration()?;

@@ -107,6 +107,7 @@ impl Default for Config {
                 paused_kept: Duration::from_secs(30 * 24 * 3600),
                 create_by: CreateBy::Restore,
                 snapshot_sync: SnapshotSync::Background,
+                unmount_fuse: false,
             },
             runtime: RuntimeConfig::new(PathBuf::from("/var/lib/stillbox")),
             template: TemplateConfig {

@@ -42,6 +42,8 @@ pub struct SandboxConfig {
     pub create_by: CreateBy,
     /// When a dump is put on stable storage.
     pub snapshot_sync: SnapshotSync,
+    /// Whether a pause unmounts FUSE file systems that are in its way, instead of being refused.
+    pub unmount_fuse: bool,
 }
 
 /// How processes of a new sandbox come to be.

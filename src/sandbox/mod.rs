@@ -46,6 +46,7 @@ mod start;
 mod timeout;
 mod timers;
 mod tokens;
+mod unmount;
 mod workshop;
 
 pub use self::core::Seams;

@@ -153,6 +153,9 @@ impl Driver {
     }
 
     async fn pause_with_memory(&mut self) -> Result<(), PauseFailure> {
+        if self.core.config.unmount_fuse {
+            self.clear_fuse().await?;
+        }
         self.require_dumpable().await?;
         let snapshot = SnapshotId::random();
         let place = self.enter_pausing(Some(snapshot)).await?;

@@ -181,6 +181,7 @@ fn config(data_dir: PathBuf) -> SandboxConfig {
         paused_kept: Duration::from_secs(30 * 24 * 3600),
         create_by: CreateBy::ColdStart,
         snapshot_sync: SnapshotSync::Background,
+        unmount_fuse: false,
     }
 }
 

@@ -228,6 +228,7 @@ fn core_config(data_dir: &std::path::Path) -> SandboxConfig {
         paused_kept: Duration::from_secs(86400),
         create_by: stillbox::sandbox::CreateBy::ColdStart,
         snapshot_sync: SnapshotSync::Background,
+        unmount_fuse: false,
     }
 }
 
