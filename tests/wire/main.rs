@@ -8,6 +8,8 @@ mod builds;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
+mod novita;
+#[cfg(test)]
 mod through_the_proxy;
 #[cfg(test)]
 mod world;
