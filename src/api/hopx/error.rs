@@ -9,6 +9,7 @@ use super::super::error::{ApiError, InternalFailure, Wording};
 use super::super::layers::RequestId;
 use crate::model::SandboxId;
 use crate::sandbox::{ConnectError, CreateError, Full, PauseError, StoreFailure, TimeoutError, UnknownSandbox};
+use crate::template::build::{RegisterError, StartBuildError, UploadError};
 use crate::template::{RemoveError, ResolveError};
 use axum::extract::Request;
 use axum::middleware::Next;
@@ -52,6 +53,11 @@ impl HopxError {
     /// 401.
     pub(super) fn unauthorized(error: AuthError) -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", error.to_string())
+    }
+
+    /// 403: not with this signature.
+    pub(super) fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "FORBIDDEN", message)
     }
 
     /// 405.
@@ -211,6 +217,35 @@ impl From<RemoveError> for HopxError {
         match error {
             RemoveError::Resolve(error) => error.into(),
             RemoveError::InUse { .. } => Self::wrong_state(error.to_string()),
+        }
+    }
+}
+
+impl From<RegisterError> for HopxError {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::Resolve(error) => error.into(),
+            RegisterError::Snapshot(_) => Self::wrong_state(error.to_string()),
+            RegisterError::Size { .. } => Self::invalid(error.to_string()),
+        }
+    }
+}
+
+impl From<StartBuildError> for HopxError {
+    fn from(error: StartBuildError) -> Self {
+        match error {
+            StartBuildError::Resolve(error) => error.into(),
+            StartBuildError::Started(_) => Self::wrong_state(error.to_string()),
+            StartBuildError::TooMany { limit } => Self::limit(error.to_string(), json!({ "limit": limit })),
+        }
+    }
+}
+
+impl From<UploadError> for HopxError {
+    fn from(error: UploadError) -> Self {
+        match error {
+            UploadError::Hash(_) | UploadError::TooLarge { .. } => Self::invalid(error.to_string()),
+            UploadError::Io(_) => Self::internal(error),
         }
     }
 }

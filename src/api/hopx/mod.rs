@@ -5,6 +5,7 @@
 //! the proxy lets its requests through to the agent.
 
 mod ask;
+mod builds;
 mod callback;
 mod error;
 mod executions;
@@ -40,11 +41,16 @@ pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
         .route("/v1/sandboxes/{id}/timeout", put(lifecycle::set_timeout))
         .route("/v1/sandboxes/{id}/token/refresh", post(sandboxes::refresh_token))
         .route("/v1/templates", get(templates::all))
+        .route("/v1/templates/build", post(builds::start))
+        .route("/v1/templates/build/{id}/status", get(builds::status))
+        .route("/v1/templates/build/{id}/logs", get(builds::logs))
+        .route("/v1/templates/files/upload-link", post(builds::upload_link))
         .route("/v1/templates/{name}", get(templates::details).delete(templates::remove))
         .route("/v1/{*path}", any(unknown))
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), require_key))
-        // Has the sandbox's own token instead of the key.
+        // These have a signature, and the sandbox's own token, instead of the key.
+        .route("/v1/templates/files/{hash}", put(builds::upload))
         .route("/v1/sandboxes/{id}/execute/async", post(executions::start))
         // Outermost, so that it words the errors of all others.
         .layer(from_fn(error::word))

@@ -19,8 +19,7 @@ pub(super) const REGION: &str = "local";
 
 /// As the request's client can reach it. `domain` may carry a port.
 pub(super) fn public_host(domain: &str, uri: &Uri, headers: &HeaderMap, id: SandboxId) -> String {
-    let from_header = || headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let host = uri.authority().map_or_else(from_header, http::uri::Authority::as_str);
+    let host = host_of(uri, headers);
     let (name, domain_name) = (without_port(host), without_port(domain));
     if name == HOPX_API {
         return format!("https://{PORT}-{id}.{REGION}.vms.hopx.dev");
@@ -29,6 +28,18 @@ pub(super) fn public_host(domain: &str, uri: &Uri, headers: &HeaderMap, id: Sand
         return format!("https://{PORT}-{id}.{domain}{ENDING}");
     }
     format!("http://{host}")
+}
+
+/// This server as the request's client has reached it: a link for it must lead the same way.
+pub(super) fn own_address(domain: &str, uri: &Uri, headers: &HeaderMap) -> String {
+    let host = host_of(uri, headers);
+    let is_tls = without_port(host) == HOPX_API || host.strip_prefix("api.") == Some(domain);
+    format!("{}://{host}", if is_tls { "https" } else { "http" })
+}
+
+fn host_of<'r>(uri: &'r Uri, headers: &'r HeaderMap) -> &'r str {
+    let from_header = || headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    uri.authority().map_or_else(from_header, http::uri::Authority::as_str)
 }
 
 fn without_port(host: &str) -> &str {

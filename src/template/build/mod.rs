@@ -150,6 +150,11 @@ impl Builds {
         Ok(self.inner.means.uploads.place(template, hash)?.is_file())
     }
 
+    /// Gives a template the archive that was uploaded for another; without it there, nothing happens.
+    pub async fn share_files(&self, from: TemplateId, to: TemplateId, hash: &str) -> Result<(), UploadError> {
+        self.inner.means.uploads.share(from, to, hash).await
+    }
+
     /// Begins to take an archive.
     pub async fn upload(&self, template: TemplateId, hash: &str) -> Result<Upload, UploadError> {
         self.inner.means.uploads.begin(template, hash).await

@@ -58,6 +58,16 @@ impl Uploads {
         Ok(Upload { file, aside, place, left: self.bytes_max.bytes(), limit: self.bytes_max })
     }
 
+    /// Links an archive of one template to another, unless that has it or the first has not.
+    pub(super) async fn share(&self, from: TemplateId, to: TemplateId, hash: &str) -> Result<(), UploadError> {
+        let (there, here) = (self.place(from, hash)?, self.place(to, hash)?);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(self.folder.join(to.as_str())).await?;
+        match fs::hard_link(there, here).await {
+            Err(error) if !matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) => Err(error.into()),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
     /// Removes all archives of a template.
     pub(super) async fn forget(&self, template: TemplateId) -> io::Result<()> {
         match fs::remove_dir_all(self.folder.join(template.as_str())).await {

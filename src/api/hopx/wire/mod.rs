@@ -1,5 +1,7 @@
 //! HopX's JSON, to the letter: field names and absences are its own, rules are elsewhere.
 
+pub(super) mod builds;
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
