@@ -1,4 +1,4 @@
-//! Comparison with the files in `e2b/` and `novita/`: what differs between runs is replaced by a word that says what stands there.
+//! Comparison with the files in `e2b/`, `novita/` and `hopx/`: what differs between runs is replaced by a word that says what stands there.
 
 use serde_json::{Map, Value};
 use std::path::PathBuf;
@@ -29,6 +29,9 @@ fn stable(value: &Value) -> Value {
 fn field(name: &str, value: &Value) -> (String, Value) {
     let shown = match name {
         "timestampUnix" | "recordAt" => Value::String("<seconds>".to_owned()),
+        "auth_token" => Value::String("<bearer>".to_owned()),
+        "next_cursor" if value.is_string() => Value::String("<cursor>".to_owned()),
+        name if name.ends_with("_at") && value.is_string() => Value::String("<time>".to_owned()),
         "x-next-token" => Value::String("<cursor>".to_owned()),
         "x-request-id" => Value::String("<request>".to_owned()),
         "cpuUsedPct" => Value::String("<percent>".to_owned()),

@@ -1,4 +1,4 @@
-//! E2B's control plane through the real router, over the real core and store, on a runtime without a kernel.
+//! E2B's control plane (HopX's: hopx.rs) through the real router, over the real core and store, on a runtime without a kernel.
 //!
 //! Each call's status, headers and body are compared with a file in `e2b/`, ids, tokens and times replaced by words. A
 //! changed file is a decision to be explained in its commit; `UPDATE_GOLDEN=1 cargo test --test wire` writes them anew.
@@ -7,6 +7,8 @@
 mod builds;
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod hopx;
 #[cfg(test)]
 mod novita;
 #[cfg(test)]

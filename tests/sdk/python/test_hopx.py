@@ -343,7 +343,7 @@ class Receiver(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.calls.append((self.path, dict(self.headers), body))
+        self.calls.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
         self.send_response(503 if len(self.calls) == 1 else 200)
         self.end_headers()
 
@@ -363,9 +363,9 @@ def test_the_end_of_an_execution_is_told_and_signed(shared):
         receiver.shutdown()
     path, headers, body = Receiver.calls[-1]
     told = json.loads(body)
-    assert path == "/told?x=1" and headers["X-Mine"] == "yes" and abs(int(headers["X-Hopx-Timestamp"]) - time.time()) < 30
+    assert path == "/told?x=1" and headers["x-mine"] == "yes" and abs(int(headers["x-hopx-timestamp"]) - time.time()) < 30
     assert (told["execution_id"], told["status"], told["stdout"]) == (answer["execution_id"], "completed", "done\n")
-    assert headers["X-Hopx-Signature"] == "sha256=" + hmac.new(b"secret", body, "sha256").hexdigest()
+    assert headers["x-hopx-signature"] == "sha256=" + hmac.new(b"secret", body, "sha256").hexdigest()
 
 
 def test_callbacks_into_private_networks_are_refused(shared):
