@@ -48,6 +48,7 @@ bench: setup-test build ## the numbers of docs/SPECIFICATION.md on this machine
 	@python3 tests/perf/start.py
 	@python3 tests/perf/stopped_time.py
 	@python3 tests/perf/interpreter.py
+	@python3 tests/perf/hopx.py
 
 dist: setup build ## dist/: binary, base template, unit, checksums
 	@scripts/dist.sh
