@@ -56,10 +56,11 @@ class Server:
             *arguments,
         ]
 
-    def start(self):
+    def start(self, **variables):
+        """`variables` are added to the environment: only what has no setting, such as a failpoint."""
         self.take_layers()
         log = open(self.log_path, "ab")
-        self.process = subprocess.Popen(self.command("serve"), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
+        self.process = subprocess.Popen(self.command("serve"), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT | variables)
         deadline = time.monotonic() + START_S_MAX
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -151,8 +152,8 @@ class Server:
                 found.append("mount " + line.split()[4])
         for backing in pathlib.Path("/sys/block").glob("loop*/loop/backing_file"):
             try:
-                if str(self.data_dir / "sandboxes") in backing.read_text():
-                    found.append(f"loop device {backing}")
+                if str(self.data_dir / "sandboxes") in (file := backing.read_text()):
+                    found.append(f"loop device {backing} of {file.strip()}")
             except OSError:
                 pass  # detached while we looked
         for root, folders, _ in os.walk("/sys/fs/cgroup"):

@@ -147,13 +147,17 @@ impl Swrk {
         loop {
             let left = self.ends_at.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
+            // Its end as well: tasks that it has forked may hold the other side of the conversation open.
+            let mut fds = [self.socket.as_fd(), self.process.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, timeout) {
                 Err(nix::errno::Errno::EINTR) => {}
                 Ok(0) if left.is_zero() => {
                     return Err(CriuError::TimedOut { verb: self.verb.name(), deadline: self.deadline, log: self.log.clone() });
                 }
                 Ok(0) => {}
-                Ok(_) => return Ok(()),
+                // What it said before it ended is heard first.
+                Ok(_) if fds[0].any().unwrap_or(true) => return Ok(()),
+                Ok(_) => return Err(self.refused()),
                 Err(errno) => return Err(self.protocol(errno)),
             }
         }
