@@ -9,9 +9,9 @@ use super::{Outcome, sandbox::segment};
 use crate::config::Config;
 use serde::Deserialize;
 use serde_json::json;
-use stillbox_agent::wire::INTERPRETER_PORT;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
+use stillbox_agent::wire::INTERPRETER_PORT;
 
 type Failure = Box<dyn std::error::Error>;
 

@@ -32,6 +32,7 @@ use super::{
     DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
 };
 use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
+use crate::runtime::helper::warm::WarmHelpers;
 use live::Live;
 use roots::Roots;
 use std::collections::HashMap;
@@ -53,6 +54,7 @@ struct Shared {
     network: Network,
     /// Made before they are wanted.
     roots: Roots,
+    restores: WarmHelpers,
     /// SHA-256 of this build's agent.
     agent: String,
     /// `None` where there is none: nothing can be dumped then.
@@ -214,6 +216,7 @@ impl Runtime for Kernel {
     }
 
     async fn close(&self) {
+        self.0.restores.close();
         self.empty_roots().await;
         self.0.network.close().await;
         self.blocking(|shared| shared.cgroups.close()).await;

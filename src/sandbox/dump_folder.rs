@@ -49,6 +49,11 @@ impl DumpFolder {
         if self.place.exists() { &self.place } else { &self.aside }
     }
 
+    /// Whether it was removed.
+    pub(super) fn is_gone(&self) -> bool {
+        !self.place.exists() && !self.aside.exists()
+    }
+
     /// What the dump in it is; `None` when it was never finished.
     pub(super) async fn dumped(&self) -> Option<Dumped> {
         let mark = self.images().join(DUMPED_FILE);

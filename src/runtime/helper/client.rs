@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 /// What a helper may say on standard error that still helps.
 const COMPLAINT_BYTES_MAX: usize = 2000;
@@ -48,10 +48,12 @@ pub(crate) enum HelperError {
 
 /// Runs one operation in a process of its own. Dropping the future kills that process, whatever it was doing.
 pub(crate) async fn call<O: Operation>(helper: &Path, limit: Duration, operation: &O) -> Result<O::Answer, HelperError> {
-    let verb = O::VERB;
-    let run = |source| HelperError::Run { verb, source };
-    let request = serde_json::to_vec(operation).map_err(|error| run(error.into()))?;
-    let mut child = Command::new(helper)
+    call_on(spawn(helper, O::VERB)?, limit, operation).await
+}
+
+/// A helper that waits for its request. Dropping it kills it.
+pub(crate) fn spawn(helper: &Path, verb: &'static str) -> Result<Child, HelperError> {
+    Command::new(helper)
         .args(["runtime", verb])
         .env_clear()
         .stdin(Stdio::piped())
@@ -59,7 +61,14 @@ pub(crate) async fn call<O: Operation>(helper: &Path, limit: Duration, operation
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(run)?;
+        .map_err(|source| HelperError::Run { verb, source })
+}
+
+/// Has a helper of the operation's verb do it.
+pub(crate) async fn call_on<O: Operation>(mut child: Child, limit: Duration, operation: &O) -> Result<O::Answer, HelperError> {
+    let verb = O::VERB;
+    let run = |source| HelperError::Run { verb, source };
+    let request = serde_json::to_vec(operation).map_err(|error| run(error.into()))?;
     let mut stdin = child.stdin.take().expect("standard input was asked for as a pipe");
     let talk = async {
         stdin.write_all(&request).await?;

@@ -7,6 +7,7 @@ use super::{AtWork, HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
 use crate::sys::disk::Frozen;
+use crate::sys::process::go_before_others;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -45,6 +46,7 @@ impl Operation for Dump {
     }
 
     fn run(&self) -> Result<Dumped, HelperStep> {
+        go_before_others();
         let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
         let work = self.folder.work();
         let options = DumpOptions {

@@ -37,6 +37,10 @@ pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
 fn serve<O: Operation>() -> io::Result<()> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text)?;
+    if text.is_empty() {
+        // Started ahead and not needed: the server has ended.
+        return Ok(());
+    }
     let operation: O = serde_json::from_str(&text)?;
     // Until this process ends.
     let _at_work = AtWork::begin(operation.folder())?;

@@ -9,7 +9,7 @@ use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::restored;
 use crate::sys::netns::Netns;
-use crate::sys::process::start_ticks;
+use crate::sys::process::{go_before_others, start_ticks};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -84,6 +84,7 @@ impl Operation for Restore {
 
     /// What a failure leaves behind is found by the sandbox's id, as after a failed cold start.
     fn run(&self) -> Result<KernelRef, HelperStep> {
+        go_before_others();
         if let Root::ToMount(plan) = &self.root {
             // The namespace was needed for its map; CRIU makes the sandbox's own.
             drop(mount_root(plan)?);

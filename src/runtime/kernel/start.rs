@@ -173,7 +173,7 @@ impl Kernel {
                     limits,
                     deadline: shared.config.helper_time_max,
                 };
-                let restored = self.helper(&restore).await.map_err(step(id, "restoring its processes"));
+                let restored = self.0.restores.call(&restore).await.map_err(step(id, "restoring its processes"));
                 restored.map(|kernel| kernel.init)
             }
         }
