@@ -38,7 +38,8 @@ vm-test: setup-test build ## the same binary on Debian's 6.1 kernel with cgroup 
 	@$(STILLBOX) template export base target/vm/base.tar.zst --data-dir $(CURDIR)/target/vm/data
 	@tests/vm/run.sh $(STILLBOX) target/vm/base.tar.zst
 
-container-test: setup-test build ## the Dockerfile: built by buildah on our own base, doctor and demo run in it
+container-test: build ## the Dockerfile: built by buildah on our own base, doctor and demo run in it
+	@scripts/setup.sh container
 	@scripts/container-test.sh
 
 check: ## format, lints, layout, licences

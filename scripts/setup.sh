@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing on a Debian-like machine, and says which package and why: `scripts/setup.sh [run|test]`.
-# `run` = what building and running needs (the default), `test` = what the tests need as well.
+# Installs what is missing on a Debian-like machine, and says which package and why: `scripts/setup.sh [run|test|container]`.
+# `run` = what building and running needs (the default), `test` = what the tests need as well, `container` = and `make container-test`.
 # Quick and silent when everything is there; changes nothing but installing packages.
 set -euo pipefail
 
@@ -34,7 +34,7 @@ ca-certificates|the public CAs that `stillbox env` keeps trusted
 curl|waits for the server in `make run`
 libnss-myhostname|lets *.localhost names lead to this machine; its installation adds 'myhostname' to /etc/nsswitch.conf
 LIST
-    [ "$1" = test ] || return 0
+    [ "$1" != run ] || return 0
     cat <<'LIST'
 python3-venv|runs the Python SDKs in environments of their own
 nodejs|runs the JavaScript SDK
@@ -45,6 +45,9 @@ zstd|that machine's files
 runc|the peer that benchmarks compare with
 docker-registry|the registry that image tests start on a port of their own
 skopeo|fills that registry and writes image archives
+LIST
+    [ "$1" = container ] || return 0
+    cat <<'LIST'
 buildah|builds the Dockerfile at the top in `make container-test`
 LIST
 }

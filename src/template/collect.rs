@@ -140,7 +140,8 @@ fn candidates(data_dir: &Path, named: &BTreeSet<String>) -> io::Result<Vec<Candi
 
 fn remove(data_dir: &Path, candidates: Vec<Candidate>, named: &BTreeSet<String>) -> io::Result<ByteSize> {
     let by_files = named_by_files(data_dir)?;
-    let mut freed = 0;
+    let mut gone = Vec::new();
+    // Out of the way at once: a build that wants one of them waits for its lock.
     for candidate in candidates {
         if named.contains(&candidate.id) || by_files.contains(&candidate.id) {
             continue;
@@ -148,6 +149,10 @@ fn remove(data_dir: &Path, candidates: Vec<Candidate>, named: &BTreeSet<String>)
         let folder = layer::folder_of(data_dir, &candidate.id);
         let aside = folder.with_file_name(format!("incoming-gone-{}", candidate.id));
         fs::rename(&folder, &aside)?;
+        gone.push((aside, candidate));
+    }
+    let mut freed = 0;
+    for (aside, candidate) in gone {
         freed += bytes_below(&aside)?;
         fs::remove_dir_all(&aside)?;
         tracing::info!("Removed layer {}: nothing needs it", candidate.id);

@@ -114,6 +114,37 @@ fn a_layer_that_breaks_off_goes_on_where_it_ended() {
     assert_eq!(said.iter().filter(|line| line.contains("going on at byte")).count(), 2, "{said:?}");
 }
 
+#[tokio::test]
+async fn a_pull_that_nobody_waits_for_ends_and_leaves_nothing() {
+    let image = TestImage::of("amd64", &[tar_of(&[("large", &"0123456789".repeat(200_000))])]);
+    let large = image.blobs[0].0.to_string();
+    let host = serve(move |asked| {
+        // It arrives in pieces, each as late as a client may be kept waiting.
+        let is_large = asked.path.ends_with(&large);
+        if is_large {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        let from: usize = asked.headers.get("range").map_or(0, |range| range["bytes=".len()..].trim_end_matches('-').parse().unwrap());
+        let whole = honest(&image, asked);
+        match is_large {
+            true => Answer { cut_after: Some(1000), ..answer(if from == 0 { 200 } else { 206 }, &whole.body[from..]) },
+            false => whole,
+        }
+    });
+    let data_dir = tempfile::tempdir().unwrap();
+    let mut config = config(data_dir.path());
+    config.images.plain_http = vec![host.clone()];
+    let asked = request(&format!("{host}/team/app:v1"));
+    let pull = resolve(&asked, &config, &|_| {});
+    assert!(tokio::time::timeout(Duration::from_millis(700), pull).await.is_err(), "it was quicker than the connection");
+    assert_eq!(layers_left(data_dir.path()), 1, "the layer was on its way");
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while layers_left(data_dir.path()) > 0 {
+        assert!(std::time::Instant::now() < deadline, "the pull goes on for nobody");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[test]
 fn an_overloaded_registry_is_asked_again() {
     let image = sample();
