@@ -8,7 +8,7 @@ use super::reference::Digest;
 use super::{Context, ImageProblem};
 use crate::template::layer::{self, Incoming};
 use crate::template::lease::Lease;
-use crate::template::unpack::unpack;
+use crate::template::unpack::{UnpackError, unpack};
 use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
@@ -56,29 +56,44 @@ pub(super) fn present(data_dir: &Path, diff_id: &Digest) -> Result<Option<Lease>
 pub(super) fn bring(context: &Context<'_>, name: &LayerName, blob: impl Read, budget: &Budget) -> Result<Lease, ImageProblem> {
     let data_dir = &context.config.data_dir;
     let incoming = Incoming::new(data_dir)?;
-    let refused = |source| ImageProblem::Unpack { layer: name.diff_id.clone(), source };
     let broken = |source| ImageProblem::File { doing: "read", path: PathBuf::from(format!("layer {}", name.diff_id)), source };
     let mut packed = Hashed::new(blob, context, None);
-    let diff_id = {
-        let mut plain = Hashed::new(decompress(BufReader::with_capacity(1 << 18, &mut packed)).map_err(broken)?, context, Some(budget));
-        unpack(&mut plain, &incoming.rootfs(), context.config.limits).map_err(refused)?;
-        // A tar ends before its file does.
-        io::copy(&mut plain, &mut io::sink()).map_err(broken)?;
-        plain.finish()
-    };
-    io::copy(&mut packed, &mut io::sink()).map_err(broken)?;
-    let expected = [("a layer's blob", name.blob.as_ref(), packed.finish()), ("a layer's content", Some(&name.diff_id), diff_id)];
-    for (what, expected, found) in expected {
-        match expected {
-            Some(expected) if *expected != found => {
-                return Err(ImageProblem::Mismatch { what: what.to_owned(), expected: expected.clone(), found });
-            }
-            _ => {}
-        }
+    let unpacked = unpack_plain(context, name, &mut packed, &incoming.rootfs(), budget);
+    // A blob that was changed on the way is told as that, whatever the unpacker made of it; one that breaks a rule is not
+    // read to its end.
+    if let Ok(_) | Err(ImageProblem::Unpack { source: UnpackError::Damaged { .. }, .. }) = &unpacked {
+        io::copy(&mut packed, &mut io::sink()).map_err(broken)?;
+        compare("a layer's blob", name.blob.as_ref(), packed.finish())?;
     }
+    compare("a layer's content", Some(&name.diff_id), unpacked?)?;
     let lease = incoming.commit(None)?;
     note(data_dir, &name.diff_id, lease.id())?;
     Ok(lease)
+}
+
+/// Decompresses and unpacks; answers the digest of the tar.
+fn unpack_plain(
+    context: &Context<'_>,
+    name: &LayerName,
+    packed: impl Read,
+    rootfs: &Path,
+    budget: &Budget,
+) -> Result<Digest, ImageProblem> {
+    let refused = |source| ImageProblem::Unpack { layer: name.diff_id.clone(), source };
+    let damaged = |source| refused(UnpackError::Damaged { after: "(start)".to_owned(), source });
+    let plain = decompress(BufReader::with_capacity(1 << 18, packed)).map_err(damaged)?;
+    let mut plain = Hashed::new(plain, context, Some(budget));
+    unpack(&mut plain, rootfs, context.config.limits).map_err(refused)?;
+    // A tar ends before its file does.
+    io::copy(&mut plain, &mut io::sink()).map_err(damaged)?;
+    Ok(plain.finish())
+}
+
+fn compare(what: &str, expected: Option<&Digest>, found: Digest) -> Result<(), ImageProblem> {
+    match expected {
+        Some(expected) if *expected != found => Err(ImageProblem::Mismatch { what: what.to_owned(), expected: expected.clone(), found }),
+        _ => Ok(()),
+    }
 }
 
 fn diffs(data_dir: &Path) -> PathBuf {

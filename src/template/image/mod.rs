@@ -200,7 +200,7 @@ pub enum ImageProblem {
         found: Digest,
     },
     /// A layer's tar was refused.
-    #[error("layer {layer} is refused: {source}")]
+    #[error("layer {layer} is refused")]
     Unpack {
         /// Its digest.
         layer: Digest,
