@@ -154,10 +154,10 @@ def test_a_template_stands_on_an_image_of_a_registry(server, registry):
     from e2b import Template
 
     lines = []
-    recipe = Template().from_image(f"{registry}/team/small:v1").run_cmd("cat /srv/kept /srv/new > /made && ls /srv >> /made")
+    recipe = Template().from_image(f"{registry}/team/small:v1").run_cmd("cat /srv/kept /srv/new > /tmp/made && ls /srv >> /tmp/made")
     Template.build(recipe, "on-image", cpu_count=1, memory_mb=512, on_build_logs=lambda entry: lines.append(str(entry)))
     assert any("Pulling" in line for line in lines), lines
-    assert run_in("on-image", "cat /made; echo $GREETING") == "keptnewkept\nnew\nhello from the image\n"
+    assert run_in("on-image", "cat /tmp/made; echo $GREETING") == "keptnewkept\nnew\nhello from the image\n"
 
 
 def test_an_image_that_cannot_be_had_is_named_with_its_registry_and_the_way_out(server, registry):
@@ -229,7 +229,7 @@ def test_templates_travel_and_what_nothing_needs_is_removed(server, layout, tmp_
     assert "imported" not in server.cli("template", "ls").stdout
     server.cli("template", "import", str(exported), "--name", "back")
     assert run_in("back", "cat /srv/new") == "new"
-    for template in ("back", "on-image", "by-cli"):
+    for template in ("back", "on-image", "locked", "by-cli"):
         server.cli("template", "rm", template)
     layers = server.data_dir / "layers"
     before = len(list(layers.iterdir()))
