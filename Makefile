@@ -5,7 +5,7 @@ SHELL := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin
 STILLBOX := target/release/stillbox
 
-.PHONY: help run demo setup setup-test criu build test test-dialects check bench vm-test container-test dist clean
+.PHONY: help run demo setup setup-test criu build test test-dialects check bench soak vm-test container-test dist clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,6 +50,9 @@ bench: setup-test build ## the numbers of docs/SPECIFICATION.md on this machine
 	@python3 tests/perf/stopped_time.py
 	@python3 tests/perf/interpreter.py
 	@python3 tests/perf/hopx.py
+
+soak: setup-test build ## 200 pauses and resumes of one busy sandbox: nothing is lost, nothing grows
+	@tests/perf/soak
 
 dist: setup build ## dist/: binary, base template, unit, checksums
 	@scripts/dist.sh

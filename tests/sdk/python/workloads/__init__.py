@@ -5,7 +5,7 @@ precedes its first `yield` sets up, and what follows a `yield` checks, after one
 keeps a sandbox from being paused. Names are sentences, since they are the names of the tests.
 """
 
-from . import files, mounts, processes, programs, refused, sockets, timers
+from . import files, mounts, processes, programs, refused, services, sockets, timers
 from .ground import AS_ROOT
 
 __all__ = ["AS_ROOT", "KEPT", "PROGRAMS", "REFUSED"]
@@ -19,4 +19,5 @@ def programs_of(*modules):
 
 KEPT = programs_of(processes, sockets, files, timers, mounts, programs)
 REFUSED = programs_of(refused)
-PROGRAMS = KEPT | REFUSED
+BROUGHT = programs_of(services)
+PROGRAMS = KEPT | REFUSED | BROUGHT
