@@ -128,6 +128,20 @@ impl Socket {
     }
 }
 
+/// What follows a frame in its message.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum After {
+    #[default]
+    Nothing,
+    More,
+}
+
+impl After {
+    fn of(flags: u8) -> After {
+        if flags & MORE != 0 { After::More } else { After::Nothing }
+    }
+}
+
 /// Frames to messages; keeps what a message still lacks.
 #[derive(Debug, Default)]
 struct Decoder {
@@ -135,7 +149,7 @@ struct Decoder {
     partial: Message,
     /// Bytes of a frame that is being left out.
     skip: u64,
-    skipped_has_more: bool,
+    after_skipped: After,
 }
 
 impl Decoder {
@@ -148,14 +162,14 @@ impl Decoder {
                 if self.skip > 0 {
                     return Ok(None);
                 }
-                self.part(Bytes::new(), self.skipped_has_more);
+                self.part(Bytes::new(), self.after_skipped);
                 continue;
             }
             let Some((flags, length, header)) = frame_header(bytes)? else { return Ok(None) };
             if length > FRAME_BYTES_MAX {
                 bytes.advance(header);
                 self.partial.left_out += length;
-                (self.skip, self.skipped_has_more) = (length, flags & MORE != 0);
+                (self.skip, self.after_skipped) = (length, After::of(flags));
                 continue;
             }
             let length = usize::try_from(length).map_err(|_| invalid("a frame is too large"))?;
@@ -167,15 +181,15 @@ impl Decoder {
             let body = bytes.split_to(length).freeze();
             // READY, and an ERROR, which is followed by the end of the stream.
             if flags & COMMAND == 0 {
-                self.part(body, flags & MORE != 0);
+                self.part(body, After::of(flags));
             }
         }
         Ok(self.whole.pop_front())
     }
 
-    fn part(&mut self, body: Bytes, has_more: bool) {
+    fn part(&mut self, body: Bytes, after: After) {
         self.partial.parts.push(body);
-        if !has_more {
+        if after == After::Nothing {
             self.whole.push_back(std::mem::take(&mut self.partial));
         }
     }
