@@ -106,14 +106,14 @@ def shared_mappings_of_files_and_of_memory_are_still_shared():
 
     def add():
         for each in maps.values():
-            each[5000] += 1
+            each[5000] = (each[5000] + 1) % 200
         return [each[5000] for each in maps.values()]
 
     other = Asked(lambda: None, add)
     count = 0
     while True:
-        count += 2
-        same(add(), [count - 1] * 4, "what the parent sees")
+        count = (count + 2) % 200
+        same(add(), [(count - 1) % 200] * 4, "what the parent sees")
         same(other.ask(), [count] * 4, "what the child sees")
         yield
         same([each[5000] for each in maps.values()], [count] * 4, f"bytes of {list(maps)}")
