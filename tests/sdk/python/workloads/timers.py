@@ -54,7 +54,8 @@ def timerfds_set_to_a_moment_fire_then_and_not_again():
         yield
         same(select.select([over], [], [], 0.1)[0], [], "what fired again")
         off = os.timerfd_gettime(late)[0] - (moment - time.monotonic())
-        assert abs(off) < 0.5, f"it will fire {off} s after its moment"
+        # The time that a pause and a resume take on a busy machine comes on top.
+        assert -0.05 < off < WAIT_S_MAX, f"it will fire {off} s after its moment"
 
 
 def an_eventfd_that_is_a_semaphore_stays_one():
