@@ -1,7 +1,7 @@
 //! Errors of this API, in the body that both of HopX's clients read: `error` and `message` hold the same text, `code`
 //! decides which exception they raise.
 //!
-//! None of them is a 429, 500, 502, 503 or 504 unless trying again may help: the clients try again on these.
+//! None of them is a 429 or a 5xx: Python's client tries again on most of these, JavaScript's on all.
 
 use std::time::SystemTime;
 
@@ -47,11 +47,12 @@ impl Code {
             Code::FileAlreadyExists => ("FILE_ALREADY_EXISTS", StatusCode::CONFLICT),
             Code::DirectoryNotFound => ("DIRECTORY_NOT_FOUND", StatusCode::BAD_REQUEST),
             Code::PermissionDenied => ("PERMISSION_DENIED", StatusCode::FORBIDDEN),
-            Code::NoSpace => ("INSUFFICIENT_STORAGE", StatusCode::INSUFFICIENT_STORAGE),
+            Code::NoSpace => ("INSUFFICIENT_STORAGE", StatusCode::UNPROCESSABLE_ENTITY),
             Code::CommandFailed => ("COMMAND_FAILED", StatusCode::UNPROCESSABLE_ENTITY),
             Code::ExecutionFailed => ("EXECUTION_FAILED", StatusCode::UNPROCESSABLE_ENTITY),
             Code::ProcessNotFound => ("PROCESS_NOT_FOUND", StatusCode::NOT_FOUND),
-            Code::DesktopNotAvailable => ("DESKTOP_NOT_AVAILABLE", StatusCode::NOT_IMPLEMENTED),
+            // A 501 would be tried three times by JavaScript's client.
+            Code::DesktopNotAvailable => ("DESKTOP_NOT_AVAILABLE", StatusCode::UNPROCESSABLE_ENTITY),
             // Nothing that was tried is known to have happened, and nothing would be different a second later.
             Code::Internal => ("INTERNAL_ERROR", StatusCode::UNPROCESSABLE_ENTITY),
         }

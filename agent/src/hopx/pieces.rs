@@ -123,8 +123,7 @@ impl Decoder {
             Err(_) => self.begun.len() - unfinished(&self.begun),
         };
         let rest = self.begun.split_off(whole);
-        let text = String::from_utf8_lossy(&std::mem::replace(&mut self.begun, rest)).into_owned();
-        text
+        String::from_utf8_lossy(&std::mem::replace(&mut self.begun, rest)).into_owned()
     }
 
     /// What is left when nothing follows.

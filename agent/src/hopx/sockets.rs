@@ -3,10 +3,10 @@
 //! A client that hangs up ends its watch and its terminal; code and commands go on until their timeout, as they do when
 //! the client of a plain request is gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::extract::State;
@@ -14,10 +14,12 @@ use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
 use axum::routing::any;
+use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 
 use super::commands;
 use super::error::{Code, HopxError};
@@ -35,6 +37,10 @@ use crate::state::Agent;
 
 /// One message of a client.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// How long a client may take to answer a ping before the next message comes all the same.
+const PONG_MAX: Duration = Duration::from_secs(1);
+/// Messages of a client that wait to be read.
+const UNREAD_MAX: usize = 1024;
 /// Until a client says otherwise.
 const SIZE_DEFAULT: Size = Size { cols: 80, rows: 24 };
 
@@ -54,21 +60,59 @@ pub(super) fn routes() -> Router<Arc<Agent>> {
 struct Gone;
 
 /// A client's end of a WebSocket, in messages.
-struct Client(WebSocket);
+///
+/// JavaScript's client listens for one message at a time and loses what comes in the same moment as another. So each
+/// message is followed by a ping, and the next one waits until the client has answered that.
+struct Client {
+    socket: WebSocket,
+    /// What came while a pong was waited for.
+    unread: VecDeque<Message>,
+    awaits_pong: bool,
+}
 
 impl Client {
-    async fn send(&mut self, message: &Value) -> Result<(), Gone> {
-        self.0.send(Message::text(message.to_string())).await.map_err(|_| Gone)
+    fn new(socket: WebSocket) -> Client {
+        Client { socket, unread: VecDeque::new(), awaits_pong: false }
     }
 
-    /// The next message of this form; one that is malformed is answered with what is wrong. Cancel-safe.
+    async fn send(&mut self, message: &Value) -> Result<(), Gone> {
+        self.settle().await?;
+        self.socket.send(Message::text(message.to_string())).await.map_err(|_| Gone)?;
+        self.awaits_pong = true;
+        self.socket.send(Message::Ping(Bytes::new())).await.map_err(|_| Gone)
+    }
+
+    /// Waits until the client has taken the last message, or is one that answers no pings.
+    async fn settle(&mut self) -> Result<(), Gone> {
+        let until = Instant::now() + PONG_MAX;
+        while self.awaits_pong {
+            match timeout_at(until, self.socket.recv()).await {
+                Err(_) | Ok(Some(Ok(Message::Pong(_)))) => self.awaits_pong = false,
+                Ok(Some(Ok(Message::Close(_)) | Err(_)) | None) => return Err(Gone),
+                Ok(Some(Ok(_))) if self.unread.len() >= UNREAD_MAX => return Err(Gone),
+                Ok(Some(Ok(message))) => self.unread.push_back(message),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next message of this form; one that is malformed is answered with what is wrong. Cancel-safe: a message is
+    /// lost only when it is malformed.
     async fn next<T: DeserializeOwned>(&mut self) -> Result<T, Gone> {
         loop {
-            let text = match self.0.recv().await {
-                Some(Ok(Message::Text(text))) => text.as_bytes().to_vec(),
-                Some(Ok(Message::Binary(bytes))) => bytes.to_vec(),
-                Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
-                Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Gone),
+            let message = match self.unread.pop_front() {
+                Some(message) => message,
+                None => self.socket.recv().await.ok_or(Gone)?.map_err(|_| Gone)?,
+            };
+            let text = match message {
+                Message::Text(text) => Bytes::from(text),
+                Message::Binary(bytes) => bytes,
+                Message::Pong(_) => {
+                    self.awaits_pong = false;
+                    continue;
+                }
+                Message::Ping(_) => continue,
+                Message::Close(_) => return Err(Gone),
             };
             match serde_json::from_slice(&text) {
                 Ok(message) => return Ok(message),
@@ -79,7 +123,9 @@ impl Client {
 
     /// With a closing frame, which tells clients that nothing is missing.
     async fn close(mut self) {
-        drop(self.0.send(Message::Close(None)).await);
+        if self.settle().await.is_ok() {
+            drop(self.socket.send(Message::Close(None)).await);
+        }
     }
 }
 
@@ -91,7 +137,7 @@ where
 {
     let upgrade = upgrade.map_err(|rejection| HopxError::invalid(format!("this endpoint is a WebSocket: {}", rejection.body_text())))?;
     Ok(upgrade.max_message_size(MESSAGE_BYTES_MAX).on_upgrade(async move |socket| {
-        if let Ok(client) = serve(agent, Client(socket)).await {
+        if let Ok(client) = serve(agent, Client::new(socket)).await {
             client.close().await;
         }
     }))

@@ -24,6 +24,8 @@ use time::OffsetDateTime;
 const UPLOADS: &str = "hopxuploads000000000";
 /// How long a link for an upload can be used.
 const LINK_SECONDS: i64 = 3600;
+/// HopX's builds know images only; under this name a template of ours is one.
+const OWN_TEMPLATES: &str = "stillbox/";
 /// Lines of one answer.
 const LOG_LINES_MAX: u32 = 1000;
 /// The kinds of checks that a start command can have.
@@ -121,15 +123,22 @@ async fn refuse_known(state: &ApiState, name: &str, update: Option<bool>) -> Res
 fn plan(asked: wire::NewBuild) -> Result<Plan, HopxError> {
     let given = |text: Option<String>| text.filter(|text| !text.is_empty());
     let reference = given(asked.from_image).ok_or_else(|| HopxError::invalid("from_image is required"))?;
-    let credentials = asked.registry_credentials.map(|held| Credentials::Basic { username: held.username, password: held.password });
+    let base = match reference.strip_prefix(OWN_TEMPLATES) {
+        Some(name) => Base::Template(name.to_owned()),
+        None => Base::Image(ImageRequest { reference, credentials: asked.registry_credentials.map(credentials) }),
+    };
     let skips = asked.skip_cache == Some(true);
     Ok(Plan {
-        base: Base::Image(ImageRequest { reference, credentials }),
+        base,
         cache: if skips { Cache::Skip } else { Cache::Use },
         steps: asked.steps.unwrap_or_default().into_iter().flat_map(steps).collect(),
         start_command: given(asked.start_cmd),
         ready_command: asked.ready_cmd.map(ready_command).transpose()?,
     })
+}
+
+fn credentials(held: wire::RegistryCredentials) -> Credentials {
+    Credentials::Basic { username: held.username, password: held.password }
 }
 
 /// A COPY of several sources is one of each; its archive has them all.
@@ -253,6 +262,13 @@ mod tests {
         assert_eq!(copies, [["a.py", "/app/"], ["src/", "/app/"]]);
         assert_eq!((plan.steps[2].cache, plan.cache), (Cache::Skip, Cache::Use));
         assert_eq!(plan.ready_command.as_deref(), Some("bash -c 'exec 3<>/dev/tcp/127.0.0.1/8000'"));
+    }
+
+    #[test]
+    fn a_template_of_ours_is_an_image_under_our_name() {
+        let base = |image: &str| plan(asked(json!({"name": "a", "from_image": image}))).unwrap().base;
+        assert_eq!(base("stillbox/base"), Base::Template("base".into()));
+        assert!(matches!(base("ubuntu:24.04"), Base::Image(_)));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The core's errors in HopX's statuses and words, in the one body that both of its SDKs can read: Python looks into
 //! `error`, JavaScript beside it.
 //!
-//! Its clients repeat a request up to three times on 429, 500, 502, 503 and 504. What a repetition cannot mend is
-//! therefore none of these.
+//! Its clients repeat a request up to three times on 429 and on 500, 502, 503 and 504 (JavaScript's on every 5xx). What a
+//! repetition cannot mend is therefore none of these.
 
 use super::super::auth::AuthError;
 use super::super::error::{ApiError, InternalFailure, Wording};
@@ -182,7 +182,7 @@ impl From<PauseError> for HopxError {
             PauseError::AlreadyPaused(_) | PauseError::InTransition { .. } | PauseError::NotDumpable { .. } => {
                 Self::wrong_state(error.to_string())
             }
-            PauseError::SnapshotSpace { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, "INSUFFICIENT_STORAGE", error.to_string()),
+            PauseError::SnapshotSpace { .. } => Self::new(StatusCode::CONFLICT, "INSUFFICIENT_STORAGE", error.to_string()),
             PauseError::Dump { .. } | PauseError::Store(_) => Self::internal(error),
         }
     }
