@@ -144,14 +144,14 @@ def test_a_template_is_built_from_files_and_steps(access, tmp_path, monkeypatch)
     (tmp_path / "one.txt").write_text("1")
     (tmp_path / "two.txt").write_text("2")
     name = f"hopx-{time.time_ns()}"
-    template = Template(from_image="stillbox/base").copy(["one.txt", "two.txt"], "/srv/app").set_env("BUILT", "yes")
-    template.run_cmd("cat /srv/app/*.txt > /srv/sum").set_start_cmd("python3 -m http.server 8000", ReadyCheck(ReadyCheckType.PORT, port=8000))
+    template = Template(from_image="stillbox/base").copy(["one.txt", "two.txt"], "/home/user/app").set_env("BUILT", "yes")
+    template.run_cmd("cat /home/user/app/*.txt > /home/user/sum").set_start_cmd("python3 -m http.server 8000", ReadyCheck(ReadyCheckType.PORT, port=8000))
     lines = []
     options = BuildOptions(name=name, cpu=1, memory=512, context_path=str(tmp_path), on_log=lambda line: lines.append(line["message"]), **access)
     built = asyncio.run(Template.build(template, options))
     with Sandbox.create(template=name, timeout_seconds=60, **access) as sandbox:
-        assert sandbox.commands.run("cat /srv/sum; echo $BUILT; curl -s localhost:8000 | head -c 9").stdout == "12yes\n<!DOCTYPE"
-    assert any("http.server" in line or "/srv/sum" in line for line in lines), lines
+        assert sandbox.commands.run("cat /home/user/sum; echo $BUILT; curl -s localhost:8000 | head -c 9").stdout == "12yes\n<!DOCTYPE"
+    assert any("http.server" in line or "/home/user/sum" in line for line in lines), lines
     with pytest.raises(Exception, match="exists already"):
         asyncio.run(Template.build(template, options))
     assert Sandbox.delete_template(built.template_id, **access)["deleted"]
