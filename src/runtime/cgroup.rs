@@ -4,7 +4,7 @@
 //! has children with controllers, and sandboxes outlive the server.
 
 use super::devices::allowed_devices;
-use crate::model::{InstanceId, Resources, SandboxId};
+use crate::model::{ByteSize, InstanceId, Resources, SandboxId};
 use crate::sys::{device_policy, process};
 use std::fs;
 use std::io;
@@ -234,6 +234,24 @@ impl Cgroup {
         write(&folder.join("pids.max"), resources.pids_max)?;
         let opened = fs::File::open(folder).map_err(failed("read", folder))?;
         device_policy::restrict(opened.as_fd(), &allowed_devices()).map_err(failed("set the device policy of", folder))
+    }
+
+    /// Replaces the memory limit while processes run. v1 keeps memory with swap at least as large as memory alone at every
+    /// moment, so one of the two goes first.
+    pub fn set_memory(&self, memory: ByteSize) -> Result<(), CgroupError> {
+        let folder = self.folder("memory")?;
+        let bytes = memory.bytes();
+        match self.version {
+            Version::V2 => write(&folder.join("memory.max"), bytes),
+            Version::V1 => {
+                let alone = folder.join("memory.limit_in_bytes");
+                let with_swap = Some(folder.join("memory.memsw.limit_in_bytes")).filter(|file| file.exists());
+                let now: u64 = read(&alone)?.trim().parse().unwrap_or(0);
+                let both = [Some(alone), with_swap];
+                let in_order = if bytes > now { [1, 0] } else { [0, 1] };
+                in_order.into_iter().filter_map(|place| both[place].as_ref()).try_for_each(|file| write(file, bytes))
+            }
+        }
     }
 
     fn folder(&self, controller: &'static str) -> Result<&Path, CgroupError> {

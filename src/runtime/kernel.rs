@@ -31,7 +31,7 @@ use super::uids::UidPool;
 use super::{
     DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
 };
-use crate::model::{DumpKey, KernelRef, NetworkPolicy, SandboxId};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId};
 use crate::runtime::helper::warm::WarmHelpers;
 use live::Live;
 use roots::Roots;
@@ -209,6 +209,12 @@ impl Runtime for Kernel {
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError> {
         let slot = self.live(id)?.kernel.slot;
         self.0.network.set_policy(slot, policy).await.map_err(|error| network_error(id, error))
+    }
+
+    async fn set_memory(&self, id: SandboxId, memory: ByteSize) -> Result<(), RuntimeError> {
+        self.live(id)?;
+        let set = self.blocking(move |shared| shared.cgroups.of(id).set_memory(memory)).await;
+        set.map_err(|error| RuntimeError::Step { id, step: "changing the memory limit", source: Box::new(error) })
     }
 
     async fn sweep(&self, keep: &[SandboxId]) -> Result<(), RuntimeError> {

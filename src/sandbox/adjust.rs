@@ -2,7 +2,8 @@
 
 use super::driver::Driver;
 use super::error::{StoreFailure, UnknownSandbox};
-use crate::model::{Keep, OnTimeout, PublicTraffic, SandboxId, SandboxRecord, SandboxState, Secure};
+use super::places::Full;
+use crate::model::{ByteSize, Keep, OnTimeout, PublicTraffic, Resources, SandboxId, SandboxRecord, SandboxState, Secure};
 
 /// What is to be changed; `None` leaves it as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -13,6 +14,8 @@ pub struct Adjust {
     pub secure: Option<Secure>,
     /// Whether user ports want the traffic token.
     pub public_traffic: Option<PublicTraffic>,
+    /// Its memory limit, from now on and in every run to come.
+    pub memory: Option<ByteSize>,
 }
 
 /// Why nothing was changed.
@@ -35,6 +38,20 @@ pub enum AdjustError {
     /// A traffic token is worth nothing beside an agent without one.
     #[error("sandbox {0} would keep its ports private with an open agent; set `secure` too")]
     NeedsToken(SandboxId),
+    /// There is not so much memory to give.
+    #[error(transparent)]
+    Full(#[from] Full),
+    /// The kernel refused: it uses more than that, most often.
+    #[error("sandbox {id} cannot have a memory limit of {memory}; it may use more at the moment")]
+    Memory {
+        /// The sandbox.
+        id: SandboxId,
+        /// What was asked for.
+        memory: ByteSize,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreFailure),
@@ -49,10 +66,14 @@ impl Driver {
         lifecycle.on_timeout = adjust.on_timeout.unwrap_or(lifecycle.on_timeout);
         network.public_traffic = adjust.public_traffic.unwrap_or(network.public_traffic);
         self.record.spec.secure = adjust.secure.unwrap_or(before.secure);
+        self.record.spec.resources.memory = adjust.memory.unwrap_or(before.resources.memory);
         if self.record.spec == before {
             return Ok(self.record.clone());
         }
-        let checked = self.check_access(before.secure);
+        let checked = match self.check_access(before.secure) {
+            Ok(()) => self.set_memory(before.resources).await,
+            Err(error) => Err(error),
+        };
         if let Err(error) = checked {
             self.record.spec = before;
             return Err(error);
@@ -63,6 +84,19 @@ impl Driver {
         }
         self.publish();
         Ok(self.record.clone())
+    }
+
+    /// Gives a running one the memory that its record says by now.
+    async fn set_memory(&mut self, before: Resources) -> Result<(), AdjustError> {
+        let (id, now) = (self.id, self.record.spec.resources);
+        let Some(run) = self.run.as_mut().filter(|_| now != before) else { return Ok(()) };
+        run.place.resize(&self.core.places, now)?;
+        let (runtime, memory) = (std::sync::Arc::clone(&self.core.runtime), now.memory);
+        // Quick, and not worth serving others meanwhile: they would meet a record that is half changed.
+        let Err(error) = runtime.set_memory(id, memory).await else { return Ok(()) };
+        // There was room for it before.
+        let _shrinks_back = run.place.resize(&self.core.places, before);
+        Err(AdjustError::Memory { id, memory, source: Box::new(error) })
     }
 
     fn check_access(&self, before: Secure) -> Result<(), AdjustError> {

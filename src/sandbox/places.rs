@@ -125,6 +125,21 @@ impl Places {
     }
 }
 
+impl Place {
+    /// Makes it as large as these limits, if there is room; otherwise it stays as it was.
+    pub(super) fn resize(&mut self, places: &Places, resources: Resources) -> Result<(), Full> {
+        let mut taken = lock(&self.taken);
+        let before = taken.without(&self.resources);
+        let after = before.with(&resources);
+        if after.memory > places.max.memory {
+            return Err(Full::Memory { taken: before.memory, wanted: resources.memory, limit: places.max.memory });
+        }
+        *taken = after;
+        self.resources = resources;
+        Ok(())
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let mut taken = lock(&self.taken);
@@ -161,6 +176,18 @@ mod tests {
         let _one = little_memory.take(ONE).unwrap();
         let error = little_memory.take(ONE).unwrap_err().to_string();
         assert!(error.contains("512 MiB") && error.contains("sandbox.memory_max"), "{error}");
+    }
+
+    #[test]
+    fn a_place_grows_as_far_as_there_is_room_and_shrinks_again() {
+        let places = places(9, 100, ByteSize::gib(1));
+        let mut place = places.take(ONE).unwrap();
+        let with = |memory| Resources { memory, ..ONE };
+        place.resize(&places, with(ByteSize::gib(1))).unwrap();
+        assert!(matches!(place.resize(&places, with(ByteSize::gib(2))).unwrap_err(), Full::Memory { .. }));
+        assert_eq!(places.in_use().0.memory, ByteSize::gib(1));
+        drop(place);
+        assert_eq!(places.in_use().0, PlacesTaken::default());
     }
 
     #[test]

@@ -22,6 +22,10 @@ async fn creates_of_both_protocols_are_understood() {
     world.call("novita/info", "GET", &format!("/sandboxes/{}", id(&created)), None).await;
     let legacy = json!({"templateID": "base", "allowInternetAccess": false, "autoPause": false, "metadata": {}, "secure": false});
     let created = world.call("novita/create_legacy", "POST", "/sandboxes", Some(legacy)).await;
+    // What can be nobody's id is nobody's id here, where E2B's clients are told that it is malformed.
+    for (method, path) in [("DELETE", "/sandboxes/non-existing-sandbox"), ("POST", "/sandboxes/A_B/commit"), ("GET", "/sandboxes/A_B")] {
+        assert_eq!(world.answer(method, path, None).await.status, 404, "{method} {path}");
+    }
     let shown = world.answer("GET", &format!("/sandboxes/{}-{}", id(&created), created["clientID"].as_str().unwrap()), None).await.body;
     assert_eq!(shown["allowInternetAccess"], json!(false));
 }
@@ -134,14 +138,23 @@ async fn quota_events_templates_and_commits() {
     world.call("novita/quota", "GET", "/sandboxes/quota", None).await;
     world.answer("POST", &format!("/sandboxes/{}/timeout", id(&created)), Some(json!({"timeout": 60}))).await;
     world.call("novita/events", "GET", &format!("/sandboxes/events?sandboxID={}&orderAsc=true", id(&created)), None).await;
-    for (name, query) in [("novita/events_bad_name", "events=reboot"), ("novita/events_bad_state", "state=maybe"), ("novita/events_bad_offset", "offset=-1")]
+    for (name, query) in
+        [("novita/events_bad_name", "events=reboot"), ("novita/events_bad_state", "state=maybe"), ("novita/events_bad_offset", "offset=-1")]
     {
         world.call(name, "GET", &format!("/sandboxes/events?{query}"), None).await;
     }
     world.call("novita/templates", "GET", "/v2/templates?page=1&limit=10", None).await;
     world.call("novita/commit", "POST", &format!("/sandboxes/{}/commit", id(&created)), Some(json!({"alias": "Kept"}))).await;
     world.call("novita/commit_bad", "POST", &format!("/sandboxes/{}/commit", id(&created)), Some(json!({"alias": "a b"}))).await;
-    world.call("novita/unserved_memory", "POST", &format!("/sandboxes/{}/hotplug-memory", id(&created)), Some(json!({}))).await;
+    let hotplug = format!("/sandboxes/{}/hotplug-memory", id(&created));
+    let memory = async || world.answer("GET", &format!("/sandboxes/{}", id(&created)), None).await.body["memoryMB"].as_u64().unwrap();
+    for (beyond, after) in [(256, 768), (512, 1024), (0, 512)] {
+        assert_eq!(world.answer("POST", &hotplug, Some(json!({"requested_size_mib": beyond}))).await.status, 204);
+        assert_eq!(memory().await, after);
+    }
+    world.call("novita/hotplug_bad", "POST", &hotplug, Some(json!({"requested_size_mib": -1}))).await;
+    world.call("novita/hotplug_full", "POST", &hotplug, Some(json!({"requested_size_mib": 1 << 24}))).await;
+    assert_eq!(memory().await, 512);
     world.call("novita/unserved_volume", "POST", &format!("/sandboxes/{}/volume-mounts", id(&created)), Some(json!({}))).await;
 }
 

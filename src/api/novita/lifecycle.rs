@@ -9,12 +9,15 @@ use super::super::error::ApiError;
 use super::rules::DEFAULT_TIMEOUT_S;
 use super::sandboxes::bounds;
 use super::wire;
-use crate::model::{Keep, OnTimeout, PublicTraffic, SandboxId, Secure};
-use crate::sandbox::{Adjust, AdjustError, AfterReset, Connected, PauseError, ResetError, TokenKind};
+use crate::model::{ByteSize, Keep, OnTimeout, PublicTraffic, SandboxId, Secure};
+use crate::sandbox::{Adjust, AdjustError, AfterReset, Connected, CreateError, PauseError, ResetError, TokenKind};
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
+
+/// Far beyond what any quota allows, and no overflow.
+const HOTPLUG_MIB_MAX: u64 = 1 << 24;
 
 /// `POST /sandboxes/{id}/timeout`: from now on, in both directions. A paused sandbox answers 404: the 1.x clients resume
 /// only after that.
@@ -90,6 +93,7 @@ fn access(asked: &wire::Access) -> Adjust {
             .allow_public_traffic
             .or(in_network)
             .map(|allowed| if allowed { PublicTraffic::Allowed } else { PublicTraffic::TokenOnly }),
+        memory: None,
     }
 }
 
@@ -114,12 +118,33 @@ pub(super) async fn reset(
     })
 }
 
+/// `POST /sandboxes/{id}/hotplug-memory`: so much beyond what its template gives, 0 for none.
+pub(super) async fn hotplug_memory(
+    State(state): State<ApiState>,
+    SandboxPath(id): SandboxPath,
+    Body(asked): Body<wire::HotplugMemory>,
+) -> Result<StatusCode, ApiError> {
+    let spec = state.registry.get(id)?.spec;
+    let beyond = u64::try_from(asked.requested_size_mib).ok().filter(|mib| *mib <= HOTPLUG_MIB_MAX);
+    let beyond = beyond.ok_or_else(|| {
+        let asked = asked.requested_size_mib;
+        ApiError::bad_request(format!("requested_size_mib is {asked}; it must be a number of MiB from 0 to {HOTPLUG_MIB_MAX}"))
+    })?;
+    let (_, builds) = state.templates.get(spec.template).await?;
+    let base = builds.iter().find(|build| build.id == spec.build).map_or(spec.resources.memory, |build| build.resources.memory);
+    let memory = ByteSize(base.bytes() + ByteSize::mib(beyond).bytes());
+    state.registry.adjust(id, Adjust { memory: Some(memory), ..Adjust::default() }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 impl From<AdjustError> for ApiError {
     fn from(error: AdjustError) -> Self {
         match error {
             AdjustError::Unknown(unknown) => unknown.into(),
             AdjustError::InTransition { .. } => Self::conflict(error.to_string()),
             AdjustError::Running(_) | AdjustError::NeedsToken(_) => Self::bad_request(error.to_string()),
+            AdjustError::Full(full) => CreateError::from(full).into(),
+            AdjustError::Memory { .. } => Self::conflict(error.to_string()),
             AdjustError::Store(failure) => failure.into(),
         }
     }

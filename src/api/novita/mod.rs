@@ -20,9 +20,12 @@ pub use rules::NovitaConfig;
 
 use super::ApiState;
 use super::auth::require_key;
+use super::e2b::ask::{no_such_sandbox, sandbox_id};
+use super::error::ApiError;
 use axum::Router;
 use axum::extract::Request;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::Response;
 use axum::routing::{any, get, post};
 pub(super) use caller::is_spoken_in;
 use tower::ServiceExt;
@@ -52,6 +55,19 @@ pub(super) fn over(state: &ApiState, rest: Router) -> Router {
         })
         .with_state(state.clone())
         .fallback_service(rest)
+        .layer(from_fn(forgive_ids))
+}
+
+/// An id that nobody can have is, to Novita's clients, an id that nobody has: their `kill` answers false to it.
+async fn forgive_ids(request: Request, next: Next) -> Result<Response, ApiError> {
+    const NO_IDS: [&str; 3] = ["metrics", "quota", "events"];
+    let path = request.uri().path();
+    let after = path.strip_prefix("/v2").unwrap_or(path).strip_prefix("/sandboxes/");
+    let id = after.and_then(|rest| rest.split('/').next()).filter(|id| !NO_IDS.contains(id));
+    match id.map(sandbox_id) {
+        Some(Err(_)) => Err(no_such_sandbox(id.unwrap_or_default())),
+        Some(Ok(_)) | None => Ok(next.run(request).await),
+    }
 }
 
 /// What E2B does not have.
@@ -60,7 +76,7 @@ pub(super) fn own(state: &ApiState) -> Router<ApiState> {
         .route("/sandboxes/{id}/clone", post(copies::clone))
         .route("/sandboxes/{id}/commit", post(copies::commit))
         .route("/sandboxes/{id}/reset", post(lifecycle::reset))
-        .route("/sandboxes/{id}/hotplug-memory", post(unserved::hotplug_memory))
+        .route("/sandboxes/{id}/hotplug-memory", post(lifecycle::hotplug_memory))
         .route("/sandboxes/{id}/volume-mounts", any(unserved::volume_mounts))
         .route_layer(from_fn_with_state(state.clone(), require_key))
 }

@@ -3,10 +3,6 @@
 use super::super::error::ApiError;
 use axum::extract::Request;
 
-pub(super) async fn hotplug_memory(request: Request) -> ApiError {
-    refuse(&request, "the memory of a sandbox is its template's; build a template with more")
-}
-
 pub(super) async fn volume_mounts(request: Request) -> ApiError {
     refuse(&request, "a folder of the machine inside a sandbox would keep it from being paused; copy files in and out, or mount S3 in it")
 }

@@ -59,6 +59,13 @@ pub(super) struct WasReset {
     pub(super) traffic_access_token: String,
 }
 
+/// `POST /sandboxes/{id}/hotplug-memory`.
+#[derive(Default, Deserialize)]
+pub(super) struct HotplugMemory {
+    #[serde(default)]
+    pub(super) requested_size_mib: i64,
+}
+
 /// `POST /sandboxes/{id}/pause`; whether it waits for the image makes no difference here: it always does.
 #[derive(Default, Deserialize)]
 pub(super) struct Pause {

@@ -1,7 +1,7 @@
 //! The fake's sandboxes, and the handles by which a test makes verbs fail or wait.
 
 use super::agent::{FakeAgent, Process};
-use crate::model::{DumpKey, KernelRef, NetworkPolicy, ProcessRef, SandboxId};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, ProcessRef, SandboxId};
 use crate::runtime::{
     AfterDump, DUMPED_FILE, DiskSource, DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartFrom, StartRequest,
     Usage, WrittenFiles,
@@ -403,6 +403,13 @@ impl Runtime for Fake {
             None => return Err(RuntimeError::NotRunning { id }),
         }
         Ok(())
+    }
+
+    async fn set_memory(&self, id: SandboxId, _memory: ByteSize) -> Result<(), RuntimeError> {
+        match lock(&self.state).running.contains_key(&id) {
+            true => Ok(()),
+            false => Err(RuntimeError::NotRunning { id }),
+        }
     }
 
     async fn sweep(&self, keep: &[SandboxId]) -> Result<(), RuntimeError> {

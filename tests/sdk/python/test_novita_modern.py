@@ -139,10 +139,22 @@ def test_the_legacy_protocol_speaks_to_the_same_server(server, monkeypatch):
     assert old.kill() is True
 
 
+def test_memory_is_added_and_taken_back_while_it_runs(sandbox):
+    fill = "python3 -c 'b = bytearray(1200 << 20); print(len(b) >> 20)'"
+    before = sandbox.get_info().memory_mb
+    assert before == 1024 and sandbox.commands.run(f"{fill} || echo killed").stdout == "killed\n"
+    sandbox.hotplug_memory(512)
+    assert sandbox.get_info().memory_mb == before + 512 and sandbox.commands.run(fill).stdout == "1200\n"
+    sandbox.pause()
+    sandbox.connect()
+    assert sandbox.commands.run(fill).stdout == "1200\n"
+    sandbox.hotplug_memory(0)
+    assert sandbox.get_info().memory_mb == before
+
+
 def test_what_is_not_served_says_so(sandbox):
-    for call in (lambda: sandbox.hotplug_memory(256), lambda: sandbox.mount_volume("data", "/mnt")):
-        with pytest.raises(Exception, match="501: .* is not served"):
-            call()
+    with pytest.raises(Exception, match="501: .* is not served"):
+        sandbox.mount_volume("data", "/mnt")
     with pytest.raises(Exception, match="invalid mounts"):
         Sandbox.create(volume_mounts={"/mnt": "data"})
     with pytest.raises(SandboxNotFoundException):
