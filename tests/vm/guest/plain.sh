@@ -66,8 +66,11 @@ in_a_sandbox() {
     check "nothing of it is left" 'until_true 20 nothing_left || { left_of_sandboxes; false; }'
 }
 
-# Pause, resume and fork over the API.
+# Create by a restore, pause, resume and fork over the API.
 stopped_time() {
+    check "create restores a dump of the template" '
+        until_true 60 grep -q "restore a dump from now on" /var/log/stillbox.log && other=$(stillbox sandbox create base) &&
+        [ -e /var/lib/stillbox/sandboxes/$other/restored.json ] && [ "$(ID=$other inside "echo on")" = on ] && stillbox sandbox kill "$other"'
     check "pause and resume: a program goes on" '
         inside "nohup sh -c \"i=0; while :; do i=\\\$((i+1)); echo \\\$i >/tmp/count; sleep 0.05; done\" >/dev/null 2>&1 & sleep 1" &&
         post() { curl -sS --fail-with-body -m 60 -H "X-API-KEY: $(api_key)" -H "Content-Type: application/json" "http://127.0.0.1:3000/sandboxes/$ID/$1" -d "$2"; } &&
