@@ -88,7 +88,7 @@ impl Default for NetworkConfig {
     fn default() -> Self {
         Self {
             subnet: None,
-            pool_slots: 4,
+            pool_slots: 8,
             slots_max: 4096,
             deny_private: true,
             allow_private: Vec::new(),

@@ -12,6 +12,9 @@ use tokio::sync::Semaphore;
 /// A helper that was taken is replaced a little later: until then the CPUs belong to what it does.
 const REFILL_DELAY: Duration = Duration::from_millis(40);
 
+/// Between two looks whether any is at work.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
 /// Starts helpers for one verb ahead, and bounds how many are at work at once.
 #[derive(Debug, Clone)]
 pub(crate) struct WarmHelpers(Arc<Inner>);
@@ -24,20 +27,23 @@ struct Inner {
     ready_max: usize,
     /// `None` once closed. They die with the server: their input ends.
     ready: Mutex<Option<Vec<Child>>>,
+    at_work_max: u32,
     at_work: Semaphore,
 }
 
 impl WarmHelpers {
     /// Of `program`, which may take `limit` for an operation. `at_work_max` run at once; the rest wait in a row, so that the
     /// first are done when the last begin, and not all late together.
-    pub(crate) fn new<O: Operation>(program: &Path, limit: Duration, ready_max: usize, at_work_max: usize) -> Self {
+    pub(crate) fn new<O: Operation>(program: &Path, limit: Duration, ready_max: usize, at_work_max: u32) -> Self {
+        let at_work_max = at_work_max.max(1);
         Self(Arc::new(Inner {
             program: program.to_owned(),
             limit,
             verb: O::VERB,
             ready_max,
             ready: Mutex::new(Some(Vec::new())),
-            at_work: Semaphore::new(at_work_max.max(1)),
+            at_work_max,
+            at_work: Semaphore::new(at_work_max as usize),
         }))
     }
 
@@ -52,6 +58,15 @@ impl WarmHelpers {
         };
         self.refill_later();
         call_on(child, self.0.limit, operation).await
+    }
+
+    /// Resolves when none is at work, at the latest after `wait_max`. Cancel-safe.
+    pub(crate) async fn idle(&self, wait_max: Duration) {
+        // Looked at and not acquired: who waits for all permits keeps those out who want one.
+        let deadline = tokio::time::Instant::now() + wait_max;
+        while self.0.at_work.available_permits() < self.0.at_work_max as usize && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// Starts as many as are to be ready.

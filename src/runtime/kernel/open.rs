@@ -123,7 +123,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
 
 /// One more than there are CPUs: each waits a little for the kernel's locks and the disk.
 fn warm_restores(config: &RuntimeConfig) -> WarmHelpers {
-    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1024));
     let ready_max = usize::try_from(config.pool_helpers).unwrap_or(usize::MAX);
     WarmHelpers::new::<Restore>(&config.helper, config.helper_time_max, ready_max, cpus + 1)
 }

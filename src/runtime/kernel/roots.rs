@@ -30,9 +30,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
-/// While some are ready, a root that was taken is replaced a little later: making one would compete with the restore
-/// into it.
+/// A root that was taken is replaced a little later: making one would compete with the restore into it, and whoever is
+/// low in priority and holds the kernel's lock of all mounts keeps everybody waiting.
 const REFILL_DELAY: Duration = Duration::from_millis(40);
+/// How long a moment without restores is waited for; where there is none, roots are made all the same.
+const CALM_WAIT_MAX: Duration = Duration::from_millis(200);
 /// How long nothing is made after that failed.
 const REFILL_PAUSE: Duration = Duration::from_secs(5);
 /// How often it is looked whether the dumps behind the ready roots still exist.
@@ -160,10 +162,9 @@ impl Kernel {
                     self.remove_roots(roots).await;
                     continue;
                 }
-                Step::Make { kind, count, any_ready } => {
-                    if any_ready {
-                        self.0.roots.pause(REFILL_DELAY).await;
-                    }
+                Step::Make { kind, count } => {
+                    self.0.roots.pause(REFILL_DELAY).await;
+                    self.0.restores.idle(CALM_WAIT_MAX).await;
                     self.make_roots(kind, count).await;
                     continue;
                 }

@@ -33,8 +33,6 @@ pub(super) enum Step<K, T> {
         kind: K,
         /// How many, at least one.
         count: u32,
-        /// Whether there is one meanwhile.
-        any_ready: bool,
     },
     /// Remove these.
     Remove(Vec<T>),
@@ -132,7 +130,7 @@ impl<K: Clone + PartialEq, T> Shelf<K, T> {
             let count = share.saturating_sub(ready.saturating_add(kind.making));
             if count > 0 {
                 kind.making += count;
-                return Step::Make { kind: kind.kind.clone(), count, any_ready: ready > 0 };
+                return Step::Make { kind: kind.kind.clone(), count };
             }
         }
         Step::Nothing
@@ -174,11 +172,11 @@ mod tests {
         let mut shelf = Shelf::new(4);
         assert_eq!(shelf.next(), Step::Nothing);
         assert_eq!(shelf.take(&b'a', now()), None);
-        assert_eq!(shelf.next(), Step::Make { kind: b'a', count: 4, any_ready: false });
+        assert_eq!(shelf.next(), Step::Make { kind: b'a', count: 4 });
         assert_eq!(shelf.next(), Step::Nothing, "they are being made");
         assert_eq!(shelf.put(&b'a', 4, vec![1, 2, 3, 4]), Vec::<u32>::new());
         assert_eq!(shelf.take(&b'a', now()), Some(4));
-        assert_eq!(shelf.next(), Step::Make { kind: b'a', count: 1, any_ready: true });
+        assert_eq!(shelf.next(), Step::Make { kind: b'a', count: 1 });
     }
 
     #[test]
