@@ -80,6 +80,13 @@ pub fn under_way(db: &Db<'_>) -> Result<Vec<BuildId>, StoreError> {
     rows.map(|row| row?).collect()
 }
 
+/// Builds that were registered before then and never started.
+pub fn waiting_since(db: &Db<'_>, at: OffsetDateTime) -> Result<Vec<BuildId>, StoreError> {
+    let mut statement = db.0.prepare_cached("SELECT id FROM builds WHERE state = 'waiting' AND created_at < ?1")?;
+    let rows = statement.query_map([micros(at)], |row| Ok(super::value::parsed_in(row, "id")))?;
+    rows.map(|row| row?).collect()
+}
+
 /// What a step with this key made: `Some(None)` when it changed no file. Asking keeps it from being forgotten.
 pub fn cached_step(db: &Db<'_>, key: &str, now: OffsetDateTime) -> Result<Option<Option<String>>, StoreError> {
     db.0.prepare_cached("UPDATE step_cache SET used_at = ?2 WHERE key = ?1")?.execute(params![key, micros(now)])?;

@@ -318,7 +318,7 @@ impl Driver<'_> {
         done.unwrap_or_else(|_| Err(part.failed(format!("step took longer than {:?} (build.step_time_max)", self.means.step_time_max))))?;
         let written = workshop.written().await.map_err(|error| part.broke(&error))?;
         let (data_dir, view) = (self.means.config.data_dir.clone(), self.view());
-        let harvested = tokio::task::spawn_blocking(move || harvest::layer_of(&data_dir, written.upper(), &view, &[])).await;
+        let harvested = tokio::task::spawn_blocking(move || harvest::layer_of(&data_dir, written.upper(), &view)).await;
         workshop.remove().await;
         harvested.map_err(|panicked| part.broke(&panicked))?.map_err(|error| part.broke(&error))
     }

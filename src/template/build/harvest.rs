@@ -22,11 +22,10 @@ const KERNEL_FOLDERS: [&str; 3] = ["dev", "proc", "sys"];
 const OURS: [&str; 5] = ["run/stillbox", "etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/machine-id"];
 const REDIRECT: &str = "trusted.overlay.redirect";
 
-/// Makes a layer in `data_dir` of `upper`, which was written over `lower`, and holds it; `None` when nothing is left. `kept_out`
-/// are paths, from the root, that belong to the build and not to the layer.
-pub(super) fn layer_of(data_dir: &Path, upper: &Path, lower: &View, kept_out: &[PathBuf]) -> Result<Option<Lease>, LayerError> {
+/// Makes a layer in `data_dir` of `upper`, which was written over `lower`, and holds it; `None` when nothing is left.
+pub(super) fn layer_of(data_dir: &Path, upper: &Path, lower: &View) -> Result<Option<Lease>, LayerError> {
     let incoming = Incoming::new(data_dir)?;
-    let mut harvest = Harvest { lower, kept_out, copier: Copier::default() };
+    let mut harvest = Harvest { lower, copier: Copier::default() };
     let root = incoming.rootfs();
     harvest.folder(upper, &root, Path::new(""), &Beneath::Shown(PathBuf::new()))?;
     let is_empty = fs::read_dir(&root).map_err(io_error("list", &root))?.next().is_none();
@@ -67,7 +66,6 @@ impl Beneath {
 
 struct Harvest<'a> {
     lower: &'a View,
-    kept_out: &'a [PathBuf],
     copier: Copier,
 }
 
@@ -77,7 +75,7 @@ impl Harvest<'_> {
         let names = sorted_names(upper)?;
         for name in &names {
             let (path, inside) = (upper.join(name), inside.join(name));
-            if self.is_ours(&inside) {
+            if is_ours(&inside) {
                 continue;
             }
             let metadata = fs::symlink_metadata(&path).map_err(io_error("read", &path))?;
@@ -128,11 +126,6 @@ impl Harvest<'_> {
         Ok(is_same || KERNEL_FOLDERS.iter().any(|name| inside == Path::new(name)))
     }
 
-    fn is_ours(&self, inside: &Path) -> bool {
-        let in_kernel_folder = inside.parent().is_some_and(|parent| KERNEL_FOLDERS.iter().any(|name| parent == Path::new(name)));
-        in_kernel_folder || OURS.iter().any(|ours| inside == Path::new(ours)) || self.kept_out.iter().any(|path| inside == path)
-    }
-
     /// Copies what the lower layers show at `path` and the upper one has not changed.
     fn fill(&mut self, path: &Path, target: &Path, changed: &BTreeSet<OsString>) -> Result<(), LayerError> {
         let Found::Folder(parts) = self.lower.find(path).map_err(io_error("read", path))? else { return Ok(()) };
@@ -159,6 +152,12 @@ impl Harvest<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether the runtime or the agent put it there.
+fn is_ours(inside: &Path) -> bool {
+    let in_kernel_folder = inside.parent().is_some_and(|parent| KERNEL_FOLDERS.iter().any(|name| parent == Path::new(name)));
+    in_kernel_folder || OURS.iter().any(|ours| inside == Path::new(ours))
 }
 
 /// Where a renamed folder was: absolute, or a name beside the one it would have by its path.
@@ -231,14 +230,14 @@ mod tests {
 
         fn harvested(&self) -> Option<PathBuf> {
             let lower = View::of_folders(vec![self.folder.path().join("lower")]);
-            let lease = layer_of(self.folder.path(), &self.upper(), &lower, &[PathBuf::from("home/kept-out")]).unwrap();
+            let lease = layer_of(self.folder.path(), &self.upper(), &lower).unwrap();
             lease.map(|lease| folder_of(self.folder.path(), lease.id()))
         }
     }
 
     #[test]
     fn what_is_not_the_step_s_leaves_no_layer() {
-        let ours = ["etc/hosts", "etc/resolv.conf", "run/stillbox/boot_id", "dev/pts/", "dev/shm/x", "home/kept-out", "tmp/"];
+        let ours = ["etc/hosts", "etc/resolv.conf", "run/stillbox/boot_id", "dev/pts/", "dev/shm/x", "tmp/"];
         let world = World::new(&["etc/passwd", "run/", "dev/", "home/", "tmp/"], &ours);
         fs::set_permissions(world.upper().join("dev"), fs::Permissions::from_mode(0o700)).unwrap();
         assert_eq!(world.harvested(), None);

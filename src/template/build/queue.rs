@@ -8,8 +8,12 @@ use crate::sandbox::{InstallKey, Registry};
 use crate::store::{Store, StoreError, builds, templates as rows};
 use crate::template::{ResolveError, TemplateConfig, Templates};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::sync::{Semaphore, watch};
+
+/// How long a registered build may be started, across restarts of the server.
+const NEVER_STARTED: Duration = Duration::from_secs(24 * 3600);
 
 /// Why a build was not begun.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +73,14 @@ impl Builds {
 
     async fn end_left_over(&self) -> Result<(), StoreError> {
         for build in self.inner.means.store.read(builds::under_way).await? {
-            self.inner.fail(build, Stop::ServerEnds.failure()).await?;
+            let failure = Stop::ServerEnds.failure();
+            BuildLog::of(&self.inner.means.store, build).say(LogLevel::Error, format!("Build failed: {}", failure.message));
+            self.inner.fail(build, failure).await?;
+        }
+        let limit = OffsetDateTime::now_utc() - NEVER_STARTED;
+        for build in self.inner.means.store.read(move |db| builds::waiting_since(db, limit)).await? {
+            let message = format!("build was not started within {NEVER_STARTED:?} of its registration");
+            self.inner.fail(build, BuildFailure { message, step: None }).await?;
         }
         Ok(())
     }
