@@ -9,7 +9,7 @@
 //! A client that goes away leaves its cell interrupted, unless the sandbox was paused or copied meanwhile: that cuts
 //! every connection, and the cell of a resumed sandbox goes on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,8 +29,10 @@ use crate::wire::LogLevel;
 const QUEUE_MAX: usize = 1024;
 /// Outputs that a slow client may be behind; then the kernel's own buffers fill.
 const OUTPUTS_MAX: usize = 1024;
-/// Between a client's disconnect and the interrupt. In a resumed or forked sandbox /init comes within it.
-const GRACE: Duration = Duration::from_millis(500);
+/// Between a client's disconnect and the interrupt, if nobody waits for the kernel: a pause cuts connections some time
+/// before it stops the processes, and by the first /init after it the cell is known to be one that goes on.
+const GRACE: Duration = Duration::from_secs(3);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// An interrupted cell that goes on is interrupted again.
 const INTERRUPT_EVERY: Duration = Duration::from_secs(5);
 
@@ -68,7 +70,16 @@ impl Handle {
         let (cells, queue) = mpsc::channel(QUEUE_MAX);
         let (orders, ordered) = mpsc::unbounded_channel();
         let envs = agent.identity().envs.clone();
-        let context = Context { agent: Arc::clone(agent), facts: Arc::clone(&facts), language, kernel: None, envs, queue, ordered };
+        let context = Context {
+            agent: Arc::clone(agent),
+            facts: Arc::clone(&facts),
+            language,
+            kernel: None,
+            envs,
+            queue,
+            waiting: VecDeque::new(),
+            ordered,
+        };
         tokio::spawn(context.run());
         Handle { facts, cells, orders }
     }
@@ -108,6 +119,8 @@ struct Context {
     /// The sandbox's variables that the kernel has.
     envs: BTreeMap<String, String>,
     queue: mpsc::Receiver<Job>,
+    /// Taken from the queue while a cell ran.
+    waiting: VecDeque<Job>,
     ordered: mpsc::UnboundedReceiver<Order>,
 }
 
@@ -126,6 +139,12 @@ impl Context {
     /// Until the handle is dropped, and with it the kernel.
     async fn run(mut self) {
         loop {
+            if let Some(job) = self.waiting.pop_front() {
+                match self.serve(job).await {
+                    true => continue,
+                    false => return,
+                }
+            }
             // All arms are cancel-safe.
             tokio::select! {
                 biased;
@@ -277,7 +296,8 @@ impl Context {
     async fn follow(&mut self, cell: &Cell, outputs: &mpsc::Sender<Output>) -> Ended {
         let generation = self.agent.identity().generation;
         let mut deadline = cell.time_max.map(|time| Instant::now() + time);
-        let mut interrupt_at: Option<Instant> = None;
+        let (mut interrupt_at, mut gone_at): (Option<Instant>, Option<Instant>) = (None, None);
+        let mut is_urgent = false;
         let (mut is_watched, mut has_begun) = (true, false);
         loop {
             let Some(kernel) = &mut self.kernel else { return Ended::Lost("it is not there".to_owned()) };
@@ -299,21 +319,31 @@ impl Context {
                     Event::Died(reason) if has_begun => return Ended::Lost(reason),
                     Event::Died(_) => return Ended::NotBegun,
                 },
+                job = self.queue.recv(), if self.waiting.len() < QUEUE_MAX => match job {
+                    Some(job) => self.waiting.push_back(job),
+                    None => return Ended::Removed,
+                },
                 () = outputs.closed(), if is_watched => {
                     is_watched = false;
-                    interrupt_at = Some(Instant::now() + GRACE);
+                    (gone_at, interrupt_at) = (Some(Instant::now()), Some(Instant::now() + LOOK_EVERY));
                 }
                 () = until(deadline) => {
-                    deadline = None;
+                    (deadline, is_urgent) = (None, true);
                     interrupt_at = Some(Instant::now());
                 }
                 () = until(interrupt_at) => {
+                    let somebody_waits = self.waiting.iter().any(|job| !job.outputs.is_closed());
+                    is_urgent |= somebody_waits || gone_at.is_some_and(|at| at.elapsed() >= GRACE);
                     // Connections are cut by a pause and by a fork; nobody has given up the cell then.
                     let was_stopped = !is_watched && self.agent.identity().generation != generation && cell.time_max.is_none();
-                    interrupt_at = (!was_stopped).then(|| Instant::now() + INTERRUPT_EVERY);
-                    if !was_stopped {
-                        kernel.interrupt().await;
-                    }
+                    interrupt_at = match (was_stopped, is_urgent) {
+                        (true, _) => None,
+                        (false, false) => Some(Instant::now() + LOOK_EVERY),
+                        (false, true) => {
+                            kernel.interrupt().await;
+                            Some(Instant::now() + INTERRUPT_EVERY)
+                        }
+                    };
                 }
             }
         }

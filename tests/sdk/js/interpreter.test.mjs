@@ -45,6 +45,7 @@ test('a figure brings its image and its chart', async () => {
 test('contexts are apart, and a client that gives up interrupts its cell', async () => {
   const context = await sandbox.createCodeContext({ language: 'python', cwd: '/tmp' })
   assert.equal((await sandbox.listCodeContexts()).at(-1).id, context.id)
+  await sandbox.runCode('kept = 0', { context })
   await assert.rejects(sandbox.runCode('kept = 1\nwhile True: pass', { context, timeoutMs: 700 }))
   assert.equal((await sandbox.runCode('kept, __import__("os").getcwd()', { context, timeoutMs: 10_000 })).text, "(1, '/tmp')")
   await sandbox.removeCodeContext(context)
