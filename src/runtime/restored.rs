@@ -43,12 +43,12 @@ pub(super) fn read(folder: &SandboxFolder) -> io::Result<Restored> {
 
 /// Says that these processes run from now on.
 pub(super) fn begin(folder: &SandboxFolder, kernel: &KernelRef) -> io::Result<()> {
-    write(folder, kernel, false)
+    write(folder, &Mark { kernel: kernel.clone(), whole: false })
 }
 
 /// Says that nothing is left to do for them.
 pub(super) fn complete(folder: &SandboxFolder, kernel: &KernelRef) -> io::Result<()> {
-    write(folder, kernel, true)
+    write(folder, &Mark { kernel: kernel.clone(), whole: true })
 }
 
 /// The processes are gone and what became of the disk is known.
@@ -63,10 +63,10 @@ fn place(folder: &SandboxFolder) -> PathBuf {
     folder.path().join("restored.json")
 }
 
-fn write(folder: &SandboxFolder, kernel: &KernelRef, whole: bool) -> io::Result<()> {
-    let (place, mark) = (place(folder), Mark { kernel: kernel.clone(), whole });
+fn write(folder: &SandboxFolder, mark: &Mark) -> io::Result<()> {
+    let place = place(folder);
     let aside = place.with_extension("new");
-    fs::write(&aside, serde_json::to_vec(&mark)?)?;
+    fs::write(&aside, serde_json::to_vec(mark)?)?;
     fs::rename(aside, place)
 }
 

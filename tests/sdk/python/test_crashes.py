@@ -106,7 +106,8 @@ class Kept:
 @pytest.fixture(scope="module")
 def crashing():
     before = dict(os.environ)
-    server = Server(**{"sandbox.create_by": "restore"}).start()
+    # No helpers that wait for work: each that is met is at work.
+    server = Server(**{"runtime.pool_helpers": "0"}).start()
     os.environ.update(server.environment())
     yield server
     server.remove()
