@@ -202,7 +202,12 @@ fn run(client: &Client, verb: SandboxVerb, output: Output) -> Outcome {
                 [&row["timestamp"], &row["level"], &row["message"]].map(text).to_vec()
             })?;
         }
-        SandboxVerb::Metrics { id, follow } => metrics(client, &id, follow, output)?,
+        SandboxVerb::Metrics { id, follow } => {
+            let seen = metrics(client, &id, output)?;
+            if follow {
+                follow_metrics(client, &id, seen)?;
+            }
+        }
         SandboxVerb::Clone { id, count, strict, timeout } => {
             let body = json!({ "count": count, "strict": strict, "timeout": timeout });
             let made: Value = client.post(&call(&id, "/clone"), &body)?;
@@ -242,28 +247,34 @@ fn show(output: Output, header: &[&str], rows: &[Value], cells: impl Fn(&Value) 
     Ok(())
 }
 
-fn metrics(client: &Client, id: &str, follow: bool, output: Output) -> Result<(), Box<dyn std::error::Error>> {
-    let cells = |point: &Value| {
-        let mib = |name: &str| point[name].as_u64().unwrap_or(0);
-        let disk = |name: &str| point[name].as_u64().unwrap_or(0) >> 20;
-        vec![
-            text(&point["timestamp"]),
-            format!("{:.2} % of {}", point["cpuUsedPct"].as_f64().unwrap_or(0.0), point["cpuCount"]),
-            format!("{} of {} MiB", mib("memUsedMiB"), mib("memTotalMiB")),
-            format!("{} of {} MiB", disk("diskUsed"), disk("diskTotal")),
-        ]
-    };
-    let mut points: Vec<Value> = client.get(&call(id, "/metrics"))?;
-    show(output, &["TIME", "CPU", "MEMORY", "DISK"], &points, cells)?;
-    while follow {
+/// Shows what there is; how many that were.
+fn metrics(client: &Client, id: &str, output: Output) -> Result<usize, Box<dyn std::error::Error>> {
+    let points: Vec<Value> = client.get(&call(id, "/metrics"))?;
+    show(output, &["TIME", "CPU", "MEMORY", "DISK"], &points, metric_cells)?;
+    Ok(points.len())
+}
+
+/// Shows new ones until the sandbox is gone or somebody ends the program.
+fn follow_metrics(client: &Client, id: &str, mut seen: usize) -> Result<(), ClientError> {
+    loop {
         std::thread::sleep(FOLLOW_EVERY);
-        let seen = points.len();
-        points = client.get(&call(id, "/metrics"))?;
+        let points: Vec<Value> = client.get(&call(id, "/metrics"))?;
         for point in points.iter().skip(seen) {
-            println!("{}", cells(point).join("  "));
+            println!("{}", metric_cells(point).join("  "));
         }
+        seen = points.len();
     }
-    Ok(())
+}
+
+fn metric_cells(point: &Value) -> Vec<String> {
+    let mib = |name: &str| point[name].as_u64().unwrap_or(0);
+    let disk = |name: &str| point[name].as_u64().unwrap_or(0) >> 20;
+    vec![
+        text(&point["timestamp"]),
+        format!("{:.2} % of {}", point["cpuUsedPct"].as_f64().unwrap_or(0.0), point["cpuCount"]),
+        format!("{} of {} MiB", mib("memUsedMiB"), mib("memTotalMiB")),
+        format!("{} of {} MiB", disk("diskUsed"), disk("diskTotal")),
+    ]
 }
 
 fn all_ids(client: &Client) -> Result<Vec<String>, ClientError> {

@@ -456,7 +456,7 @@ impl Driver {
         if let Err(failure) = result {
             self.pause_failed(failure);
         }
-        let told = result.as_ref().map(|()| ()).map_err(|failure| failure.error(self.id));
+        let told = result.as_ref().map_err(|failure| failure.error(self.id));
         self.event(EventKind::Pause, &told);
         let record = self.record.clone();
         self.settle(ticket, |waiter| match waiter {
@@ -469,7 +469,7 @@ impl Driver {
     }
 
     async fn settle_resume(&mut self, ticket: Ticket, result: &Result<(), ResumeFailure>) {
-        let told = result.as_ref().map(|()| ()).map_err(|failure| failure.error(self.id));
+        let told = result.as_ref().map_err(|failure| failure.error(self.id));
         self.event(EventKind::Resume, &told);
         let waiters = self.waiters.remove(&ticket).unwrap_or_default();
         let longest = waiters.iter().filter_map(|waiter| if let Waiter::Resume(ask, _) = waiter { Some(ask.timeout) } else { None }).max();

@@ -39,8 +39,8 @@ impl Front {
     /// Serves until its task is ended; open connections end with it.
     pub(super) async fn serve(self, listener: TcpListener, view: watch::Receiver<View>) {
         accept_bounded(listener, CONNECTIONS_MAX, |stream| {
-            let admitted = self.admits(&view.borrow());
-            pass(stream, self.server, admitted)
+            let server = self.admits(&view.borrow()).then_some(self.server);
+            pass(stream, server)
         })
         .await;
     }
@@ -54,12 +54,11 @@ pub(super) struct OwnNames {
     pub(super) gateway: Ipv4Addr,
 }
 
-async fn pass(mut sandbox: TcpStream, server: SocketAddr, admitted: bool) -> io::Result<()> {
+/// To the server, or nowhere for who is not admitted.
+async fn pass(mut sandbox: TcpStream, server: Option<SocketAddr>) -> io::Result<()> {
     sandbox.set_nodelay(true)?;
-    if !admitted {
-        // A reset, not an orderly end of what never was a conversation.
-        return sandbox.set_zero_linger();
-    }
+    // A reset, not an orderly end of what never was a conversation.
+    let Some(server) = server else { return sandbox.set_zero_linger() };
     let mut server = TcpStream::connect(server).await?;
     server.set_nodelay(true)?;
     copy_bidirectional(&mut sandbox, &mut server).await.map(drop)
