@@ -119,6 +119,6 @@ mod tests {
         let devices = |wanted: &[(u64, u64)]| wanted.iter().map(|(major, minor)| nix::sys::stat::makedev(*major, *minor)).collect();
         assert_eq!(points_of(text, &devices(&[(7, 3)])), [Path::new("/data/a b/disk")]);
         assert_eq!(points_of(text, &devices(&[(7, 3), (0, 52)])), [Path::new("/data/a b/disk"), Path::new("/data/root")]);
-        assert_eq!(points_of(text, &devices(&[(7, 4)])), [Path::new(""); 0]);
+        assert!(points_of(text, &devices(&[(7, 4)])).is_empty());
     }
 }
