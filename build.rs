@@ -37,7 +37,7 @@ fn own_agent(root: &Path) -> io::Result<PathBuf> {
     }
     let triple = env::var("TARGET").map_err(io::Error::other)?;
     let target_dir = root.join("target/agent");
-    let file = target_dir.join(&triple).join("agent/stillbox-agent");
+    let file = target_dir.join("stillbox-agent");
     let built_at = fs::metadata(&file).and_then(|metadata| metadata.modified()).ok();
     match built_at {
         Some(built_at) if env::var("PROFILE").is_ok_and(|profile| profile == "debug") => {
@@ -45,9 +45,24 @@ fn own_agent(root: &Path) -> io::Result<PathBuf> {
                 println!("cargo::warning=the embedded agent is older than its sources; rm {} to have it built anew", file.display());
             }
         }
-        _ => build_agent(root, &triple, &target_dir)?,
+        _ => {
+            build_agent(root, &triple, &target_dir)?;
+            keep(&target_dir.join(&triple).join("agent/stillbox-agent"), &file, inputs.iter().filter_map(|input| newest(input)).max())?;
+        }
     }
     Ok(file)
+}
+
+/// Cargo runs this script again, and compiles everything after it, when a watched file is younger than the script's
+/// start. What the script itself has made would be: a copy as old as its sources is embedded and watched instead.
+fn keep(built: &Path, file: &Path, changed_at: Option<SystemTime>) -> io::Result<()> {
+    if fs::read(file).ok() != Some(fs::read(built)?) {
+        fs::copy(built, file)?;
+    }
+    match changed_at {
+        Some(changed_at) => fs::OpenOptions::new().write(true).open(file)?.set_modified(changed_at),
+        None => Ok(()),
+    }
 }
 
 /// When the youngest file below `path` was changed.

@@ -30,7 +30,7 @@ part "base template" target/release/stillbox template build base --data-dir "$to
 targets=(--lib --bins --tests)
 part "rules, wire, kernel" cargo test --release --locked --package stillbox "${targets[@]}" --no-fail-fast
 # The static agent that the release build has just embedded, not cargo's dynamic one.
-part "agent" env STILLBOX_AGENT_UNDER_TEST="$top/target/agent/x86_64-unknown-linux-gnu/agent/stillbox-agent" \
+part "agent" env STILLBOX_AGENT_UNDER_TEST="$top/target/agent/stillbox-agent" \
     cargo test --release --locked --package stillbox-agent "${targets[@]}" --no-fail-fast
 part "SDKs" tests/sdk/run
 
