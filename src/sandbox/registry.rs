@@ -39,6 +39,11 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
+/// How long a change waits for a verb that is under way; as long as the slowest of them may take.
+const STILL_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How often it asks when the sandbox says nothing new.
+const STILL_ASK_AGAIN: Duration = Duration::from_millis(20);
+
 /// All sandboxes of this data folder. Cheap to clone. Dropping the last clone without [`Registry::close`] stops the
 /// drivers where they are; the next server finds what they left.
 #[derive(Debug, Clone)]
@@ -183,13 +188,33 @@ impl Registry {
     }
 
     /// Changes how it ends and who may reach it. What a change needs is said at each field of [`Adjust`].
+    /// Waits for the end of a verb that is under way.
     pub async fn adjust(&self, id: SandboxId, adjust: Adjust) -> Result<SandboxRecord, AdjustError> {
-        self.ask(id, |reply| Request::Adjust { adjust, reply }).await
+        self.when_still(id, || self.ask(id, |reply| Request::Adjust { adjust, reply })).await
     }
 
-    /// A paused one keeps its files only; a running one is left alone.
+    /// A paused one keeps its files only; a running one is left alone. Waits as an adjust does.
     pub async fn forget_memory(&self, id: SandboxId) -> Result<SandboxRecord, AdjustError> {
-        self.ask(id, |reply| Request::ForgetMemory { reply }).await
+        self.when_still(id, || self.ask(id, |reply| Request::ForgetMemory { reply })).await
+    }
+
+    /// Asks again whenever the sandbox says something new of itself, until it is no longer in the middle of a verb.
+    async fn when_still<F: Future<Output = Result<SandboxRecord, AdjustError>>>(
+        &self,
+        id: SandboxId,
+        ask: impl Fn() -> F,
+    ) -> Result<SandboxRecord, AdjustError> {
+        let deadline = tokio::time::Instant::now() + STILL_WAIT_MAX;
+        let mut view = self.core.live(id)?.view;
+        loop {
+            match ask().await {
+                Err(AdjustError::InTransition { .. }) if tokio::time::Instant::now() < deadline => {
+                    // The last word of a verb may come before it is over: not every round waits for a new one.
+                    let _news_or_not = tokio::time::timeout(STILL_ASK_AGAIN, view.changed()).await;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     /// Takes its processes and memory away, keeps its files, and boots it anew if asked to. Goes on when the caller

@@ -6,7 +6,7 @@ use stillbox::model::{AutoResume, ByteSize, DumpKey, Keep, OnTimeout, SandboxId,
 use stillbox::runtime::Finding;
 use stillbox::runtime::Runtime;
 use stillbox::runtime::fake::Verb;
-use stillbox::sandbox::{ConnectError, Connected, Full, PauseError, RouteError, SnapshotSync, TokenKind};
+use stillbox::sandbox::{Adjust, ConnectError, Connected, Full, PauseError, RouteError, SnapshotSync, TokenKind};
 use stillbox::store::snapshots;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -376,4 +376,27 @@ async fn a_log_goes_on_after_a_resume_and_starts_anew_after_a_cold_boot() {
     say(1, "anew");
     let lines = world.registry().logs(id, crate::watching::everything()).await.unwrap();
     assert_eq!(lines.iter().map(|line| line.message.as_str()).collect::<Vec<_>>(), ["before", "after", "anew"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_in_the_middle_of_a_pause_waits_for_its_end() {
+    let world = World::new().await;
+    let id = world.create().await.id;
+    let mut gate = world.fake.hold(Verb::Dump);
+    let pause = tokio::spawn({
+        let registry = world.registry();
+        async move { registry.pause(id, Keep::Memory).await }
+    });
+    gate.reached().await;
+    let change = Adjust { on_timeout: Some(OnTimeout::Pause(Keep::FilesOnly)), ..Adjust::default() };
+    let adjusted = tokio::spawn({
+        let registry = world.registry();
+        async move { registry.adjust(id, change).await }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!adjusted.is_finished());
+    drop(gate);
+    pause.await.unwrap().unwrap();
+    let record = adjusted.await.unwrap().unwrap();
+    assert_eq!((record.state, record.spec.lifecycle.on_timeout), (SandboxState::Paused, OnTimeout::Pause(Keep::FilesOnly)));
 }

@@ -97,7 +97,8 @@ def test_hosts_leads_names_here_and_takes_them_back(server, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STILLBOX_")}
     result = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, env=environment)
     assert all(f"127.0.0.1 {name}" in result.stdout for name in ("api.hopx.dev", "api.us-phx-1.sandbox.novita.ai", "49983-i0.stillbox.localhost")), result
-    assert result.stdout.count("STREAM") == 3, result
+    # Once or twice a name: glibc shows ::1 as 127.0.0.1 too when IPv4 is asked for.
+    assert result.stdout.count("STREAM") in (3, 6), result
     assert "\n1\n" in result.stdout and hosts.read_text() == "127.0.0.1 localhost\n", result.stdout
     assert open("/etc/hosts").read() == before
 
