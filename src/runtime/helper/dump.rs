@@ -6,7 +6,7 @@ use super::criu::{self, DumpOptions, HookError, place};
 use super::{AtWork, HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
-use crate::sys::disk::Frozen;
+use crate::sys::disk::{Frozen, sync_filesystem};
 use crate::sys::process::go_before_others;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -57,6 +57,7 @@ impl Operation for Dump {
             after: self.after,
             deadline: self.deadline,
         };
+        self.sync_disk_ahead().map_err(HelperStep::wrap("writing the disk's changes to its image"))?;
         let _criu_at_work = AtWork::of_criu(&self.folder).map_err(HelperStep::wrap("marking CRIU at work"))?;
         let began = Instant::now();
         let mut dumped = None;
@@ -78,6 +79,14 @@ impl Dump {
         let found = precheck::never_restored(self.init)?;
         match found.first() {
             Some(first) => Err(format!("{} (pid {}): {}", first.command, first.pid, first.reason).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// What is written now need not be while the tasks stand still for the copy.
+    fn sync_disk_ahead(&self) -> io::Result<()> {
+        match self.disk_copy {
+            Some(_) => sync_filesystem(File::open(self.folder.disk_mount())?.as_fd()),
             None => Ok(()),
         }
     }
