@@ -129,8 +129,8 @@ enum Ended {
     Done,
     /// The kernel is gone with it.
     Lost(String),
-    /// The kernel was gone before the cell began.
-    NotBegun,
+    /// The kernel was gone before it told that the cell had begun, for this reason.
+    NotBegun(String),
     Restarted(oneshot::Sender<Result<(), StartError>>),
     Removed,
 }
@@ -217,15 +217,16 @@ impl Context {
         }
         let Job { cell, outputs } = job;
         let mut ended = self.try_cell(&cell, &outputs).await;
-        if matches!(ended, Ended::NotBegun) {
+        if matches!(ended, Ended::NotBegun(_)) {
             self.kernel = None;
             ended = self.try_cell(&cell, &outputs).await;
         }
         memory::release_later();
         match ended {
-            Ended::Done | Ended::NotBegun => true,
+            Ended::Done => true,
             Ended::Removed => false,
-            Ended::Lost(reason) => {
+            // A cell that ends its kernel may do so before the kernel has told of its beginning: twice is no accident.
+            Ended::Lost(reason) | Ended::NotBegun(reason) => {
                 self.kernel = None;
                 let value = format!("Context was restarted, since its kernel ended: {reason}. What it held is lost");
                 let _ = outputs.send(Output::Failed(Failure::new("ContextRestarting", value))).await;
@@ -272,8 +273,8 @@ impl Context {
             }
             kernel.begin(&cell.code, Visibility::Shown).await
         };
-        if begun.await.is_err() {
-            return Ended::NotBegun;
+        if let Err(error) = begun.await {
+            return Ended::NotBegun(error.to_string());
         }
         let ended = self.follow(cell, outputs).await;
         if matches!(ended, Ended::Done) && !set.is_empty() {
@@ -317,7 +318,7 @@ impl Context {
                     }
                     Event::Done => return Ended::Done,
                     Event::Died(reason) if has_begun => return Ended::Lost(reason),
-                    Event::Died(_) => return Ended::NotBegun,
+                    Event::Died(reason) => return Ended::NotBegun(reason),
                 },
                 job = self.queue.recv(), if self.waiting.len() < QUEUE_MAX => match job {
                     Some(job) => self.waiting.push_back(job),

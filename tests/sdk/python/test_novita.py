@@ -164,7 +164,7 @@ def test_metrics_come_every_two_seconds(sandbox):
     assert first[0].cpu_count > 0 and first[0].mem_total > 0 and first[0].mem_used > 0
     points = until(lambda: (points := sandbox.get_metrics()) if len(points := sandbox.get_metrics()) >= 4 else None, "there are four points", 12)
     steps = [(b.timestamp - a.timestamp).total_seconds() for a, b in zip(points[-3:], points[-2:])]
-    assert all(abs(step - 2) < 0.3 for step in steps), steps
+    assert all(abs(step - 2) <= 0.2 for step in steps), steps
     now = datetime.datetime.now(datetime.timezone.utc)
     hour = datetime.timedelta(hours=1)
     assert sandbox.get_metrics(start=now - hour, end=now + hour)
@@ -258,7 +258,8 @@ def test_an_idle_sandbox_is_killed_within_two_seconds_of_its_idle_timeout(server
     ended = time.monotonic()
     assert sandbox.is_running()
     until(lambda: not sandbox.is_running(), "it is killed", 8)
-    assert 1.5 < time.monotonic() - ended < 4.1
+    # Two seconds of idleness were asked for: it ends within two more.
+    assert 1.5 < time.monotonic() - ended <= 4.0
 
 
 def test_an_idle_sandbox_with_auto_pause_is_paused(server):
