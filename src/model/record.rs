@@ -183,6 +183,23 @@ pub struct TemplateRecord {
     pub build_count: u64,
 }
 
+impl TemplateRecord {
+    /// A template that nobody has built, tagged or used yet.
+    pub fn new(id: TemplateId, aliases: Vec<String>, at: OffsetDateTime) -> Self {
+        Self {
+            id,
+            aliases,
+            tags: BTreeMap::new(),
+            public: false,
+            created_at: at,
+            updated_at: at,
+            last_spawned_at: None,
+            spawn_count: 0,
+            build_count: 0,
+        }
+    }
+}
+
 /// What a dump depends on to be restored (design/checkpoint.md, "What a dump depends on").
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DumpKey {

@@ -288,7 +288,7 @@ pub enum DiskNext {
 /// let go of the image: only then is the image whole. Succeeds when nothing is mounted.
 ///
 /// A foreign process with a private copy of the mount table would keep the disk for as long as it lives: the copies are
-/// unmounted there. Nobody waits for that when the disk will be removed.
+/// unmounted there. Nobody waits for the end of that when the disk will be removed.
 pub fn unmount_root(folder: &SandboxFolder, next: DiskNext) -> Result<(), RootError> {
     let disk_mount = folder.disk_mount();
     let number = loop_number(&disk_mount);

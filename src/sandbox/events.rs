@@ -3,36 +3,10 @@
 use super::core::Core;
 use super::driver::Driver;
 use super::error::StoreFailure;
-use super::list::ListOrder;
-use crate::model::{EndReason, EventKind, EventRecord, SandboxId, SandboxRecord, TemplateId};
+use crate::model::{EndReason, EventKind, EventRecord, SandboxRecord};
 use crate::store::events as stored;
-use crate::store::sandboxes::Order;
-use time::OffsetDateTime;
 
-pub use stored::EventPage;
-
-/// Which events are asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EventQuery {
-    /// From here on, inclusive.
-    pub start: OffsetDateTime,
-    /// Up to here, exclusive.
-    pub end: OffsetDateTime,
-    /// Of this sandbox only.
-    pub sandbox: Option<SandboxId>,
-    /// Of sandboxes of this template only.
-    pub template: Option<TemplateId>,
-    /// Of these kinds only; empty = all.
-    pub kinds: Vec<EventKind>,
-    /// Only what failed, or only what did not.
-    pub failed: Option<bool>,
-    /// Oldest or newest first.
-    pub order: ListOrder,
-    /// Events to leave out at the beginning.
-    pub offset: u64,
-    /// At most this many.
-    pub limit: u32,
-}
+pub use stored::{EventPage, EventQuery};
 
 /// Remembers what was done with a sandbox, and why it failed if it did.
 pub(super) fn keep(core: &Core, record: &SandboxRecord, kind: EventKind, error: Option<String>) {
@@ -48,12 +22,7 @@ pub(super) fn keep(core: &Core, record: &SandboxRecord, kind: EventKind, error: 
 }
 
 pub(super) async fn query(core: &Core, query: EventQuery) -> Result<EventPage, StoreFailure> {
-    let EventQuery { start, end, sandbox, template, kinds, failed, order, offset, limit } = query;
-    let order = match order {
-        ListOrder::Ascending => Order::Ascending,
-        ListOrder::Descending => Order::Descending,
-    };
-    Ok(core.store.events(stored::EventQuery { start, end, sandbox, template, kinds, failed, order, offset, limit }).await?)
+    Ok(core.store.events(query).await?)
 }
 
 /// What an end of itself says beside "killed"; nothing when somebody asked for it.

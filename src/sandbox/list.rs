@@ -3,19 +3,12 @@
 use super::core::Core;
 use super::error::StoreFailure;
 use crate::model::{SandboxId, SandboxRecord, SandboxState, TemplateId};
-use crate::store::sandboxes::{self, Order, PageQuery};
+use crate::store::sandboxes::{self, PageQuery};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 
 /// By `started_at`, ties by id.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ListOrder {
-    /// Newest first.
-    #[default]
-    Descending,
-    /// Oldest first.
-    Ascending,
-}
+pub use sandboxes::Order as ListOrder;
 
 /// Which sandboxes to list. Only live ones are ever listed.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -55,10 +48,7 @@ pub(super) async fn list(core: &Core, query: ListQuery) -> Result<ListPage, List
     let ask = PageQuery {
         metadata: query.metadata,
         states: row_states(&query.states),
-        order: match query.order {
-            ListOrder::Ascending => Order::Ascending,
-            ListOrder::Descending => Order::Descending,
-        },
+        order: query.order,
         started_after: query.started_after,
         template: query.template,
         // One row more than asked for tells whether there is a next page.

@@ -41,6 +41,22 @@ pub struct LogQuery {
     pub search: Option<String>,
 }
 
+impl LogQuery {
+    /// The same to the store, for which every level has a number.
+    pub(crate) fn range(self) -> LogRange {
+        LogRange {
+            cursor: self.cursor,
+            order: match self.direction {
+                LogDirection::Forward => Order::Ascending,
+                LogDirection::Backward => Order::Descending,
+            },
+            limit: self.limit,
+            level: self.level.unwrap_or(LogLevel::Debug),
+            search: self.search,
+        }
+    }
+}
+
 /// Why there are no metrics or logs.
 #[derive(Debug, thiserror::Error)]
 pub enum MetricsError {
@@ -112,17 +128,7 @@ pub(super) async fn query(core: &Core, id: SandboxId, query: LogQuery) -> Result
     if let Some(run) = run {
         run.log.read_rest(core).await;
     }
-    let range = LogRange {
-        cursor: query.cursor,
-        order: match query.direction {
-            LogDirection::Forward => Order::Ascending,
-            LogDirection::Backward => Order::Descending,
-        },
-        limit: query.limit,
-        level: query.level.unwrap_or(LogLevel::Debug),
-        search: query.search,
-    };
-    Ok(core.store.logs(id.to_string(), range).await.map_err(StoreFailure::from)?)
+    Ok(core.store.logs(id.to_string(), query.range()).await.map_err(StoreFailure::from)?)
 }
 
 /// Samples of a sandbox, oldest first.

@@ -15,7 +15,6 @@ use crate::model::{
 };
 use crate::store::templates::StoredQuery;
 use crate::store::{Db, StoreError, snapshots, templates};
-use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -175,17 +174,7 @@ fn insert_rows(
 }
 
 fn insert_template(db: &Db<'_>, id: TemplateId, name: Option<String>, at: OffsetDateTime) -> Result<TemplateId, StoreError> {
-    let record = TemplateRecord {
-        id,
-        aliases: name.into_iter().collect(),
-        tags: BTreeMap::new(),
-        public: false,
-        created_at: at,
-        updated_at: at,
-        last_spawned_at: None,
-        spawn_count: 0,
-        build_count: 0,
-    };
+    let record = TemplateRecord::new(id, name.into_iter().collect(), at);
     templates::insert(db, &record)?;
     Ok(id)
 }

@@ -29,9 +29,10 @@ pub struct PageQuery {
 }
 
 /// Direction of a page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Order {
     /// Newest first.
+    #[default]
     Descending,
     /// Oldest first.
     Ascending,

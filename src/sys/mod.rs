@@ -10,6 +10,7 @@ pub mod disk;
 pub mod loop_device;
 pub mod mount;
 pub mod mount_elsewhere;
+pub mod mountinfo;
 pub mod netns;
 pub mod process;
 pub mod sock_diag;

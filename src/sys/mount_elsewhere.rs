@@ -3,6 +3,7 @@
 //! A process that unshares its mount namespace and makes it private (mmdebstrap, a container runtime, `unshare -m`) keeps
 //! a copy of every mount of the host for as long as it lives: a disk that the server has unmounted stays in use there.
 
+use super::mountinfo::{device, mount_point};
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -12,7 +13,6 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -82,29 +82,8 @@ fn enter(process: &Path) -> io::Result<()> {
 
 /// Where mountinfo says that these devices are mounted, in the order in which they were.
 fn points_of(mountinfo: &[u8], devices: &BTreeSet<u64>) -> Vec<PathBuf> {
-    mountinfo.split(|byte| *byte == b'\n').filter_map(|line| point_of(line, devices)).collect()
-}
-
-/// `36 35 98:0 /root /point …`: proc_pid_mountinfo(5).
-fn point_of(line: &[u8], devices: &BTreeSet<u64>) -> Option<PathBuf> {
-    let mut fields = line.split(|byte| *byte == b' ').skip(2);
-    let (major, minor) = std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
-    let device = nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?);
-    devices.contains(&device).then(|| unescape(fields.nth(1)?))?
-}
-
-/// Spaces, tabs, newlines and backslashes are written as three octal digits after a backslash.
-fn unescape(written: &[u8]) -> Option<PathBuf> {
-    let mut path = Vec::with_capacity(written.len());
-    let mut rest = written;
-    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
-        let digits = std::str::from_utf8(rest.get(at + 1..at + 4)?).ok()?;
-        path.extend_from_slice(&rest[..at]);
-        path.push(u8::from_str_radix(digits, 8).ok()?);
-        rest = &rest[at + 4..];
-    }
-    path.extend_from_slice(rest);
-    Some(PathBuf::from(std::ffi::OsString::from_vec(path)))
+    let lines = mountinfo.split(|byte| *byte == b'\n');
+    lines.filter(|line| device(line).is_some_and(|device| devices.contains(&device))).filter_map(mount_point).collect()
 }
 
 #[cfg(test)]

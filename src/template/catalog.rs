@@ -8,7 +8,6 @@ use super::name::{DEFAULT_TAG, Name};
 use super::{Manifest, Recipe, TemplateConfig, archive, now, recipe};
 use crate::model::{BuildId, BuildRecord, BuildSource, BuildState, TemplateId, TemplateRecord};
 use crate::store::{Db, Store, StoreError, sandboxes, templates};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use time::OffsetDateTime;
 
@@ -266,17 +265,7 @@ fn is_of(build: &BuildRecord, manifest: &Manifest) -> bool {
 }
 
 fn new_template(db: &Db<'_>, manifest: &Manifest, now: OffsetDateTime) -> Result<TemplateRecord, StoreError> {
-    let template = TemplateRecord {
-        id: TemplateId::random(),
-        aliases: vec![manifest.name.clone()],
-        tags: BTreeMap::new(),
-        public: true,
-        created_at: now,
-        updated_at: now,
-        last_spawned_at: None,
-        spawn_count: 0,
-        build_count: 0,
-    };
+    let template = TemplateRecord { public: true, ..TemplateRecord::new(TemplateId::random(), vec![manifest.name.clone()], now) };
     templates::insert(db, &template)?;
     Ok(template)
 }

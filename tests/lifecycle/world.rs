@@ -186,17 +186,7 @@ fn config(data_dir: PathBuf) -> SandboxConfig {
 }
 
 fn template_row(id: TemplateId) -> TemplateRecord {
-    TemplateRecord {
-        id,
-        aliases: vec!["base".into()],
-        tags: BTreeMap::new(),
-        public: true,
-        created_at: OffsetDateTime::now_utc(),
-        updated_at: OffsetDateTime::now_utc(),
-        last_spawned_at: None,
-        spawn_count: 0,
-        build_count: 0,
-    }
+    TemplateRecord { public: true, ..TemplateRecord::new(id, vec!["base".into()], OffsetDateTime::now_utc()) }
 }
 
 fn build_row(template: &TemplateRecord, id: BuildId) -> BuildRecord {

@@ -173,17 +173,7 @@ const SHOWN: [&str; 6] = [
 async fn add_base(store: &Store) {
     let at = OffsetDateTime::from_unix_timestamp(1_767_225_600).unwrap();
     let (template, build) = (TemplateId::random(), BuildId::random());
-    let record = TemplateRecord {
-        id: template,
-        aliases: vec!["base".to_owned()],
-        tags: BTreeMap::new(),
-        public: true,
-        created_at: at,
-        updated_at: at,
-        last_spawned_at: None,
-        spawn_count: 0,
-        build_count: 0,
-    };
+    let record = TemplateRecord { public: true, ..TemplateRecord::new(template, vec!["base".to_owned()], at) };
     let built = BuildRecord {
         id: build,
         template,

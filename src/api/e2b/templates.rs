@@ -200,17 +200,7 @@ mod tests {
 
     fn template(second: i64) -> TemplateRecord {
         let at = OffsetDateTime::from_unix_timestamp(second).unwrap();
-        TemplateRecord {
-            id: TemplateId::random(),
-            aliases: Vec::new(),
-            tags: std::collections::BTreeMap::new(),
-            public: false,
-            created_at: at,
-            updated_at: at,
-            last_spawned_at: None,
-            spawn_count: 0,
-            build_count: 0,
-        }
+        TemplateRecord::new(TemplateId::random(), Vec::new(), at)
     }
 
     #[test]

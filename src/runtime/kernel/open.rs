@@ -13,6 +13,7 @@ use crate::runtime::helper::warm::WarmHelpers;
 use crate::runtime::layout::Layout;
 use crate::runtime::network::{Network, NetworkError};
 use crate::runtime::uids::UidPool;
+use crate::sys::mountinfo::mount_point;
 use nix::mount::{MsFlags, mount};
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -152,22 +153,7 @@ fn share(data_dir: &Path) -> io::Result<()> {
 
 fn is_mount_point(path: &Path) -> io::Result<bool> {
     let table = std::fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(table.lines().filter_map(mount_point).any(|point| point == path))
-}
-
-/// The mount point in a line of mountinfo, whose spaces, tabs, newlines and backslashes are in octal.
-pub(super) fn mount_point(line: &str) -> Option<PathBuf> {
-    let written = line.split(' ').nth(4)?;
-    let mut path = String::new();
-    let mut rest = written;
-    while let Some((before, after)) = rest.split_once('\\') {
-        let code = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok())?;
-        path.push_str(before);
-        path.push(char::from(code));
-        rest = &after[3..];
-    }
-    path.push_str(rest);
-    Some(PathBuf::from(path))
+    Ok(table.lines().filter_map(|line| mount_point(line.as_bytes())).any(|point| point == path))
 }
 
 fn read_line(path: &str) -> String {
@@ -185,12 +171,6 @@ fn cpu_flags(cpuinfo: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_mount_point_with_a_space_is_read() {
-        let line = "40 30 8:1 / /var/lib/still\\040box rw shared:1 - ext4 /dev/sda1 rw";
-        assert_eq!(mount_point(line), Some(PathBuf::from("/var/lib/still box")));
-    }
 
     #[test]
     fn cpu_flags_are_sorted_and_taken_once() {

@@ -1,6 +1,5 @@
 //! Taking away what a sandbox has in the kernel, found by its id.
 
-use super::open::mount_point;
 use super::{BoxError, Kernel, Shared, step};
 use crate::model::SandboxId;
 use crate::runtime::disk::{DiskKind, sync_image};
@@ -12,6 +11,7 @@ use crate::runtime::{RuntimeError, WrittenFiles};
 use crate::sys::disk::thaw;
 use crate::sys::loop_device;
 use crate::sys::mount::NewFilesystem;
+use crate::sys::mountinfo::mount_point;
 use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::os::fd::AsFd;
@@ -116,7 +116,7 @@ impl Shared {
         let folders = std::fs::read_dir(&sandboxes).into_iter().flatten().flatten().filter_map(|entry| of_path(&entry.path()));
         let mut found: BTreeSet<SandboxId> = folders.chain(self.cgroups.sandboxes()).collect();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        found.extend(mounts.lines().filter_map(mount_point).filter_map(|path| of_path(&path)));
+        found.extend(mounts.lines().filter_map(|line| mount_point(line.as_bytes())).filter_map(|path| of_path(&path)));
         let loops = loop_device::below(&sandboxes).unwrap_or_default();
         found.extend(loops.iter().filter_map(|(_, path)| of_path(path)));
         found

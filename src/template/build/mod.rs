@@ -28,9 +28,7 @@ pub use uploads::{Upload, UploadError};
 
 use super::ResolveError;
 use crate::model::{BuildFailure, BuildId, BuildRecord, ByteSize, LogEntry, LogLevel, TemplateId};
-use crate::sandbox::{LogDirection, LogQuery};
-use crate::store::history::LogRange;
-use crate::store::sandboxes::Order;
+use crate::sandbox::LogQuery;
 use crate::store::{builds, templates};
 use driver::Means;
 use std::collections::HashMap;
@@ -127,17 +125,7 @@ impl Builds {
 
     /// Lines of its log from a moment on, or back from it.
     pub async fn log_from(&self, build: BuildId, query: LogQuery) -> Result<Vec<LogEntry>, ResolveError> {
-        let range = LogRange {
-            cursor: query.cursor,
-            order: match query.direction {
-                LogDirection::Forward => Order::Ascending,
-                LogDirection::Backward => Order::Descending,
-            },
-            limit: query.limit,
-            level: query.level.unwrap_or(LogLevel::Debug),
-            search: query.search,
-        };
-        Ok(self.inner.means.store.logs(build.to_string(), range).await?)
+        Ok(self.inner.means.store.logs(build.to_string(), query.range()).await?)
     }
 
     /// The part of the build that a log line is of.

@@ -98,17 +98,7 @@ fn register(db: &Db<'_>, name: &Name, tags: Vec<String>, resources: Resources, a
 }
 
 fn new_template(db: &Db<'_>, name: &Name, at: OffsetDateTime) -> Result<TemplateRecord, StoreError> {
-    let template = TemplateRecord {
-        id: TemplateId::random(),
-        aliases: vec![name.template.clone()],
-        tags: BTreeMap::new(),
-        public: false,
-        created_at: at,
-        updated_at: at,
-        last_spawned_at: None,
-        spawn_count: 0,
-        build_count: 0,
-    };
+    let template = TemplateRecord::new(TemplateId::random(), vec![name.template.clone()], at);
     templates::insert(db, &template)?;
     Ok(template)
 }

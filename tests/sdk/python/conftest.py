@@ -55,3 +55,9 @@ def sandbox(server):
     sandbox = Sandbox.create(timeout=120)
     yield sandbox
     sandbox.kill()
+
+
+@pytest.fixture(scope="session")
+def access(server):
+    """What every call of HopX's SDK needs to reach the test's server."""
+    return {"api_key": server.environment()["E2B_API_KEY"], "base_url": f"http://127.0.0.1:{server.port}"}

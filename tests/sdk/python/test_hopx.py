@@ -27,12 +27,6 @@ from hopx_ai.template.types import ReadyCheck, ReadyCheckType
 
 
 @pytest.fixture(scope="module")
-def access(server):
-    """What every call of the SDK needs to reach the test's server."""
-    return {"api_key": server.environment()["E2B_API_KEY"], "base_url": f"http://127.0.0.1:{server.port}"}
-
-
-@pytest.fixture(scope="module")
 def shared(access):
     """One sandbox for tests that leave it as they found it."""
     with Sandbox.create(template="base", timeout_seconds=300, env_vars={"GREETING": "hello"}, **access) as sandbox:

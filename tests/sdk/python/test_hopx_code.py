@@ -9,11 +9,6 @@ from hopx_ai import Sandbox
 
 
 @pytest.fixture(scope="module")
-def access(server):
-    return {"api_key": server.environment()["E2B_API_KEY"], "base_url": f"http://127.0.0.1:{server.port}"}
-
-
-@pytest.fixture(scope="module")
 def sandbox(access):
     with Sandbox.create(template="code-interpreter", timeout_seconds=600, env_vars={"GREETING": "hello"}, **access) as sandbox:
         yield sandbox
