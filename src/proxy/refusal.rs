@@ -1,6 +1,6 @@
 //! What the proxy itself answers when no sandbox does: E2B's texts, as JSON, or as a page when a browser navigates.
 //!
-//! SDKs look for `was not found` and `port is not open` in 502 messages: the wording is part of the wire.
+//! A page also says what the person in front of it can do. SDKs look for `was not found` and `port is not open` in 502 messages: the wording is part of the wire.
 
 use super::address::{AddressError, Target};
 use super::forward::ProxyBody;
@@ -69,9 +69,36 @@ impl Refusal {
     pub(super) fn into_response(self, target: &Target, form: Form) -> Response<ProxyBody> {
         let status = self.status();
         match form {
-            Form::Page => answer(status, "text/html; charset=utf-8", page(status, &self.to_string(), target)),
+            Form::Page => answer(status, "text/html; charset=utf-8", self.page(target)),
             Form::Json => answer(status, "application/json; charset=utf-8", self.json(target).to_string()),
         }
+    }
+
+    /// What the person in front of the browser can do.
+    const fn next_step(&self) -> &'static str {
+        match self {
+            Self::NotFound => "It has ended, sleeps until its client connects again, or the name is mistyped.",
+            Self::PortClosed => "Start a server on this port in the sandbox, on any of its addresses, and reload.",
+            Self::BadAnswer => "The sandbox's own log of that service says why.",
+            Self::TrafficTokenMissing | Self::TrafficTokenInvalid => "The client that created the sandbox has the token.",
+            Self::WakeDenied => "Its client can resume it.",
+            Self::Transitioning => "Reload in a moment.",
+            Self::NoPlace(_) => "End or pause another sandbox, and reload.",
+            Self::WakeFailed => "Reload to try again; the server's log says why.",
+            Self::InternalRoute { .. } | Self::Tunnel => "Every other path and method is passed on.",
+        }
+    }
+
+    fn page(&self, target: &Target) -> String {
+        let (status, message, name, port) = (self.status(), escape(&self.to_string()), escape(&target.name), target.port);
+        format!(
+            "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
+             <title>{status}</title>\n\
+             <body style=\"font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:15vh auto;padding:0 1rem\">\n\
+             <h1 style=\"font-size:1.25rem\">{message}</h1>\n<p>{}</p>\n\
+             <p>sandbox <code>{name}</code>, port <code>{port}</code></p>\n</body></html>\n",
+            self.next_step()
+        )
     }
 
     fn json(&self, target: &Target) -> Value {
@@ -127,15 +154,6 @@ impl Form {
             false => Self::Json,
         }
     }
-}
-
-fn page(status: StatusCode, message: &str, target: &Target) -> String {
-    let (message, name, port) = (escape(message), escape(&target.name), target.port);
-    format!(
-        "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>{status}</title>\n\
-         <body style=\"font:16px/1.5 system-ui,sans-serif;max-width:40rem;margin:15vh auto;padding:0 1rem\">\n\
-         <h1 style=\"font-size:1.25rem\">{message}</h1>\n<p>sandbox <code>{name}</code>, port <code>{port}</code></p>\n</body></html>\n"
-    )
 }
 
 /// Messages and names are ours or `[a-z0-9]`, but for a limit's text; escaped anyway, since the page is served below the sandbox's origin.
@@ -200,7 +218,7 @@ mod tests {
         headers.insert("accept", HeaderValue::from_static("text/html,*/*"));
         let (status, kind, body) = shown(Refusal::NoPlace("<20> run".into()), &headers).await;
         assert_eq!((status, kind.as_str()), (429, "text/html; charset=utf-8"));
-        assert!(body.contains("&lt;20&gt; run"), "{body}");
+        assert!(body.contains("&lt;20&gt; run") && body.contains("pause another sandbox, and reload"), "{body}");
         headers.insert("sec-fetch-mode", HeaderValue::from_static("cors"));
         assert!(shown(Refusal::NotFound, &headers).await.1.starts_with("application/json"));
     }
