@@ -4,6 +4,7 @@
 //! `--deep` makes a real sandbox from `base`, dumps it and restores it on a second copy of its disk (deep.rs).
 
 mod deep;
+mod names;
 mod probes;
 
 use crate::config::Config;
@@ -11,11 +12,7 @@ use std::fmt;
 use std::process::ExitCode;
 
 pub use deep::{DeepError, DeepReport};
-
-/// Where `stillbox hosts` writes names, and the line before them.
-pub const HOSTS_FILE: &str = "/etc/hosts";
-/// See [`HOSTS_FILE`].
-pub const HOSTS_BEGIN: &str = "# stillbox: begin";
+pub use names::{HOSTS_FILE, RESOLVED_DROP_IN, is_resolved_in_charge};
 
 /// What one probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]

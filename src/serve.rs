@@ -9,13 +9,14 @@ use crate::proxy::{self, Proxy, ProxyConfig, tls};
 use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
 use crate::runtime::network::Front;
+use crate::runtime::network::resolver::{self, Resolver, ResolverConfig, ResolverSockets};
 use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::build::{Builds, BuildsMeans};
 use crate::template::{self, Resolved, Templates, Thoroughness};
 use std::fs;
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -92,7 +93,7 @@ pub fn run(config: Config) -> Result<(), ServeError> {
     runtime.block_on(serve(config, bound))
 }
 
-async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
+async fn serve(mut config: Config, mut bound: Bound) -> Result<(), ServeError> {
     let started = Instant::now();
     let store = Store::open(&config.data_dir)?;
     let install = install::read_or_make(&config.data_dir)?;
@@ -125,6 +126,7 @@ async fn serve(mut config: Config, bound: Bound) -> Result<(), ServeError> {
     tokio::spawn(collect_layers(templates.clone()));
     let (stop, stopped) = watch::channel(false);
     let state = ApiState::new(registry.clone(), templates, builds.clone(), api_config(&config, key));
+    let _resolver = start_resolver(&config, &mut bound)?;
     let servers = spawn_listeners(&config, bound, tls, &registry, state, &stopped)?;
     info!(
         took_ms = started.elapsed().as_millis(),
@@ -238,6 +240,21 @@ fn spawn_listeners(
     Ok(servers)
 }
 
+/// The machine's own name server, where one is wanted; it ends when it is dropped.
+fn start_resolver(config: &Config, bound: &mut Bound) -> Result<Option<Resolver>, ServeError> {
+    let Some(sockets) = bound.resolver.take() else { return Ok(None) };
+    let names = resolver::names_of_domain(config.domain_name());
+    // A machine without IPv6 does not listen on ::1, and nobody is to be led there.
+    let bound_to = |ip: &IpAddr| ip.is_ipv4() || bound.tls.iter().any(|listener| listener.local_addr().is_ok_and(|at| at.is_ipv6()));
+    let own = || config.tls_addresses().into_iter().filter(bound_to).collect();
+    let settings = ResolverConfig {
+        names: names.into_iter().chain(config.dns.names.iter().cloned()).collect(),
+        addresses: if config.dns.answers.is_empty() { own() } else { config.dns.answers.clone() },
+        upstreams: config.runtime.network.dns_upstreams.clone(),
+    };
+    Resolver::start(settings, sockets).map(Some).map_err(ServeError::Setup)
+}
+
 async fn wait_for_signal() -> Result<(), ServeError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Setup)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Setup)?;
@@ -254,12 +271,25 @@ async fn wait_for_signal() -> Result<(), ServeError> {
 struct Bound {
     plain: Vec<TcpListener>,
     tls: Vec<TcpListener>,
+    resolver: Option<ResolverSockets>,
 }
 
 impl Bound {
     fn bind(config: &Config) -> Result<Self, ServeError> {
-        Ok(Self { plain: bind_all(&config.listen, "listen")?, tls: bind_all(&config.tls_listen, "tls_listen")? })
+        Ok(Self {
+            plain: bind_all(&config.listen, "listen")?,
+            tls: bind_all(&config.tls_listen, "tls_listen")?,
+            resolver: config.dns.listen.as_ref().map(bind_resolver).transpose()?,
+        })
     }
+}
+
+fn bind_resolver(listen: &Listen) -> Result<ResolverSockets, ServeError> {
+    const KEY: &str = "dns.listen";
+    ResolverSockets::bind(&listen.addresses).map_err(|(address, source)| match source.kind() {
+        io::ErrorKind::AddrInUse => ServeError::PortTaken { address, key: KEY },
+        _ => ServeError::Listen { address, key: KEY, source },
+    })
 }
 
 /// All addresses of one setting. A machine without IPv6 goes without ::1 when 127.0.0.1 is there.

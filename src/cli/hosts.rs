@@ -1,19 +1,21 @@
-//! `stillbox hosts`: lines in /etc/hosts for clients that cannot be told where this server is, between two marks by which
-//! they are found and taken out again.
+//! `stillbox hosts`: names for clients that cannot be told where this server is. Either lines in /etc/hosts, or the
+//! server's own name server asked by the machine (resolver.rs); between two marks by which they are found and taken out.
 //!
 //! Names below `.localhost` need none of it where glibc knows them (libnss-myhostname, systemd-resolved). What /etc/hosts
-//! cannot say is "everything below": ports of sandboxes are named one sandbox at a time.
+//! cannot say is "everything below": there, ports of sandboxes are named one sandbox at a time.
+
+mod resolver;
 
 use super::Outcome;
 use crate::config::Config;
-use crate::doctor::{HOSTS_BEGIN as BEGIN, HOSTS_FILE as FILE};
+use crate::doctor::HOSTS_FILE as FILE;
+use crate::runtime::network::resolver::{BLOCK_BEGIN as BEGIN, BLOCK_END as END};
 use clap::{Args, ValueEnum};
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::process::ExitCode;
 
-const END: &str = "# stillbox: end";
 /// envd, the code interpreter, HopX's agent.
 const SANDBOX_PORTS: [u16; 3] = [49983, 49999, 7777];
 const HTTPS_PORT: &str = "443";
@@ -41,9 +43,12 @@ pub(super) struct HostsArguments {
     /// Write the lines, replacing those of an earlier call
     #[arg(long, conflicts_with = "remove")]
     install: bool,
-    /// Take the lines out again
+    /// Take the lines out again, wherever they were written
     #[arg(long)]
     remove: bool,
+    /// Make this machine ask the server's own name server (dns.listen), which knows every name below the domain
+    #[arg(long, requires = "install")]
+    resolver: bool,
     /// Also the fixed names of a cloud, for its SDK without any settings (the server must listen on port 443)
     #[arg(long = "sdk", value_enum, value_name = "CLOUD")]
     clouds: Vec<Cloud>,
@@ -55,20 +60,39 @@ pub(super) struct HostsArguments {
 pub(super) fn run(config: &Config, arguments: &HostsArguments) -> Outcome {
     let present = fs::read_to_string(FILE)?;
     if arguments.remove {
-        replace(&without_block(&present))?;
+        resolver::remove()?;
+        replace(FILE, &without_block(&present))?;
         println!("{FILE} has no names of this server any more");
         return Ok(ExitCode::SUCCESS);
     }
+    if arguments.resolver {
+        return install_resolver(config, arguments);
+    }
     let block = block(config, arguments);
     if arguments.install {
-        replace(&(without_block(&present) + &block))?;
+        replace(FILE, &(without_block(&present) + &block))?;
         println!("{FILE} leads these names to this machine until `stillbox hosts --remove`:");
     }
     print!("{block}");
+    hint_at_port(config, arguments);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn install_resolver(config: &Config, arguments: &HostsArguments) -> Outcome {
+    let domain = config.domain_name();
+    let ports = arguments.sandboxes.iter().flat_map(|id| SANDBOX_PORTS.map(|port| format!("{port}-{id}.{domain}")));
+    let clouds = arguments.clouds.iter().flat_map(|cloud| cloud.names()).map(|name| (*name).to_owned());
+    let names: Vec<String> = std::iter::once(format!("api.{domain}")).chain(ports).chain(clouds).collect();
+    let written = resolver::install(config, &names)?;
+    println!("{written} leads *.{domain} and what dns.names has to this machine until `stillbox hosts --remove`");
+    hint_at_port(config, arguments);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn hint_at_port(config: &Config, arguments: &HostsArguments) {
     if !arguments.clouds.is_empty() && config.tls_listen.addresses.iter().all(|address| address.port().to_string() != HTTPS_PORT) {
         eprintln!("stillbox: a cloud's SDK asks on port {HTTPS_PORT}: start the server with --tls-listen localhost:{HTTPS_PORT}");
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn block(config: &Config, arguments: &HostsArguments) -> String {
@@ -78,12 +102,7 @@ fn block(config: &Config, arguments: &HostsArguments) -> String {
     let ports = arguments.sandboxes.iter().flat_map(|id| SANDBOX_PORTS.map(|port| format!("{port}-{id}.{domain}")));
     let names: Vec<String> = own.into_iter().chain(clouds).chain(ports).collect();
     let mut block = format!("{BEGIN}\n");
-    for address in &config.tls_listen.addresses {
-        let ip = match address.ip() {
-            ip if ip.is_unspecified() && ip.is_ipv4() => "127.0.0.1".to_owned(),
-            ip if ip.is_unspecified() => "::1".to_owned(),
-            ip => ip.to_string(),
-        };
+    for ip in config.tls_addresses() {
         for name in &names {
             let _infallible = writeln!(block, "{ip} {name}");
         }
@@ -107,8 +126,8 @@ fn without_block(text: &str) -> String {
 }
 
 /// In place: in containers the file is a mount of its own and cannot be renamed over.
-fn replace(text: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).open(FILE)?;
+fn replace(path: &str, text: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).open(path)?;
     file.seek(SeekFrom::Start(0))?;
     file.write_all(text.as_bytes())?;
     file.set_len(text.len() as u64)
@@ -119,7 +138,7 @@ mod tests {
     use super::*;
 
     fn arguments(clouds: Vec<Cloud>) -> HostsArguments {
-        HostsArguments { install: true, remove: false, clouds, sandboxes: vec!["i0".into()] }
+        HostsArguments { install: true, remove: false, resolver: false, clouds, sandboxes: vec!["i0".into()] }
     }
 
     #[test]

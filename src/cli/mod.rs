@@ -96,7 +96,7 @@ enum Command {
     Demo,
     /// Print the settings that an SDK needs, for eval "$(stillbox env)"
     Env(env::EnvArguments),
-    /// Lead this server's names, and clouds' names on request, to this machine by /etc/hosts
+    /// Lead this server's names, and clouds' names on request, to this machine by /etc/hosts or its own name server
     Hosts(hosts::HostsArguments),
     /// List, create, use and end sandboxes
     #[command(subcommand, visible_alias = "sbx")]

@@ -69,6 +69,9 @@ keys! {
     "network.deny_private" => |c, v| c.runtime.network.deny_private = v.flag()?;
     "network.allow_private" => |c, v| c.runtime.network.allow_private = blocks(v)?;
     "network.dns_upstreams" => |c, v| c.runtime.network.dns_upstreams = addresses(v)?;
+    "dns.listen" => |c, v| c.dns.listen = Some(loopback(v)?);
+    "dns.names" => |c, v| c.dns.names = names(v)?;
+    "dns.answers" => |c, v| c.dns.answers = addresses(v)?;
     "template.archive" => |c, v| c.template.archive = Some(absolute(v)?);
     "template.debian_mirror" => |c, v| c.template.debian_mirror = Some(mirror(v)?);
     "template.debian_security_mirror" => |c, v| c.template.debian_security_mirror = Some(mirror(v)?);
@@ -111,7 +114,7 @@ pub(super) fn is_map(key: &str) -> bool {
 
 /// Every key.
 #[cfg(test)]
-pub(super) fn names() -> impl Iterator<Item = &'static str> {
+pub(super) fn all() -> impl Iterator<Item = &'static str> {
     KEYS.iter().map(|(key, _)| *key)
 }
 
@@ -211,6 +214,23 @@ fn targets(value: &Value) -> Result<Vec<crate::model::EgressTarget>, String> {
 
 fn addresses(value: &Value) -> Result<Vec<std::net::IpAddr>, String> {
     value.list()?.iter().map(|item| item.parse().map_err(|_| format!("'{item}' is not an IP address"))).collect()
+}
+
+/// It answers whoever asks.
+fn loopback(value: &Value) -> Result<Listen, String> {
+    let listen = Listen::parse(value)?;
+    match listen.is_loopback() {
+        true => Ok(listen),
+        false => Err(format!("{listen} can be reached from other machines; name an address of the loopback, such as 127.0.53.53:53")),
+    }
+}
+
+fn names(value: &Value) -> Result<Vec<String>, String> {
+    let name = |item: &String| match item.parse() {
+        Ok(crate::model::EgressTarget::Domain(name)) => Ok(name),
+        _ => Err(format!("'{item}' is not a name such as api.example.com or *.example.com")),
+    };
+    value.list()?.iter().map(name).collect()
 }
 
 fn snapshot_sync(value: &Value) -> Result<SnapshotSync, String> {

@@ -17,6 +17,7 @@ use crate::sandbox::{CreateBy, Failpoints, SandboxConfig, SnapshotSync};
 use crate::template::build::BuildConfig;
 use crate::template::{ImageSettings, TemplateConfig, UnpackLimits};
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use value::Value;
@@ -54,6 +55,19 @@ pub struct Config {
     pub template: TemplateConfig,
     /// Bounds of builds.
     pub build: BuildConfig,
+    /// The machine's own small name server.
+    pub dns: DnsConfig,
+}
+
+/// Keys `[dns]`: who answers for this server's names on this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DnsConfig {
+    /// Where it is asked, UDP and TCP; `None`: there is none.
+    pub listen: Option<Listen>,
+    /// Names beside the server's own that lead here, with a leading `*.` everything below.
+    pub names: Vec<String>,
+    /// Where names lead; empty: to the addresses of `tls_listen`.
+    pub answers: Vec<IpAddr>,
 }
 
 /// How log lines look.
@@ -120,6 +134,7 @@ impl Default for Config {
                 images: ImageSettings::default(),
             },
             build: BuildConfig::default(),
+            dns: DnsConfig::default(),
         }
     }
 }
@@ -236,6 +251,16 @@ impl Config {
         self.domain.rsplit_once(':').map_or(&self.domain, |(name, _)| name)
     }
 
+    /// Where clients on this machine find the HTTPS listener.
+    pub fn tls_addresses(&self) -> Vec<IpAddr> {
+        let reached = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        self.tls_listen.addresses.iter().map(|address| reached(address.ip())).collect()
+    }
+
     /// Values that are good alone and not together.
     fn contradictions(&self) -> Vec<Problem> {
         let mut found = Vec::new();
@@ -280,7 +305,7 @@ mod tests {
     #[test]
     fn the_shipped_file_names_every_key_with_its_default() {
         let in_file: Vec<String> = read_file(&shipped_file()).unwrap().into_iter().map(|(key, _)| key).collect();
-        for key in keys::names() {
+        for key in keys::all() {
             let optional = format!("# {} = ", key.rsplit('.').next().unwrap());
             let text = std::fs::read_to_string(shipped_file()).unwrap();
             assert!(in_file.iter().any(|name| name == key) || text.contains(&optional), "config/stillbox.toml lacks {key}");

@@ -1,11 +1,11 @@
 //! The probes, in the order in which their failures would be met.
 
 use super::Verdict::{self, Fine, Fix, Note};
-use super::{HOSTS_BEGIN, HOSTS_FILE};
+use super::names;
 use crate::config::{Config, Listen};
 use crate::model::ByteSize;
 use std::fs;
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -29,7 +29,7 @@ pub(super) const ALL: &[Probe] = &[
     Probe { name: "tls listen", run: |config| port(&config.tls_listen, "tls_listen", config) },
     Probe { name: "disk", run: disk },
     Probe { name: "inotify", run: inotify },
-    Probe { name: "domain", run: domain },
+    Probe { name: "domain", run: names::domain },
 ];
 
 fn root(_: &Config) -> Verdict {
@@ -206,28 +206,6 @@ fn inotify(_: &Config) -> Verdict {
         (Some(instances), Some(watches)) => Fine(format!("{instances} instances, {watches} watches per user")),
         _ => Note("the limits cannot be read".into()),
     }
-}
-
-fn domain(config: &Config) -> Verdict {
-    let name = format!("49983-i00000000000000000000.{}", config.domain_name());
-    match (name.as_str(), 0).to_socket_addrs().map(|mut found| found.next()) {
-        Ok(Some(address)) if address.ip().is_loopback() || !config.domain_name().ends_with("localhost") => {
-            Fine(format!("*.{} resolves to {}{}", config.domain_name(), address.ip(), by_hosts()))
-        }
-        Ok(Some(address)) => Fix(format!("*.{} resolves to {}, which is not this machine", config.domain_name(), address.ip())),
-        _ if config.domain_name().ends_with("localhost") => Note(format!(
-            "glibc does not resolve *.{}: curl, browsers and the SDKs' own transports do; for other programs apt-get install \
-             libnss-myhostname (it edits /etc/nsswitch.conf)",
-            config.domain_name()
-        )),
-        _ => Fix(format!("*.{} does not resolve: add a wildcard DNS record that leads here", config.domain_name())),
-    }
-}
-
-/// Which of the ways to name this server is active beside the machine's own.
-fn by_hosts() -> &'static str {
-    let is_installed = fs::read_to_string(HOSTS_FILE).is_ok_and(|text| text.lines().any(|line| line == HOSTS_BEGIN));
-    if is_installed { "; /etc/hosts has lines of `stillbox hosts --install`" } else { "" }
 }
 
 #[cfg(test)]

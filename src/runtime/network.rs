@@ -25,6 +25,7 @@ mod names;
 mod nft;
 mod pool;
 mod record;
+pub mod resolver;
 mod rules;
 mod services;
 mod slot;

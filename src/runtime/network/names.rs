@@ -38,7 +38,8 @@ impl Names {
     }
 }
 
-fn matches(pattern: &str, name: &str) -> bool {
+/// Whether a name is `pattern`, or below it when that begins with `*.`.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_prefix('*') {
         // `*.example.com`: something, then `.example.com`.
         Some(suffix) => name.len() > suffix.len() && name.ends_with(suffix),

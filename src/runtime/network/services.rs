@@ -4,7 +4,7 @@
 //! The daemon serves it, on sockets made in that netns: so nothing of the host has to be reachable, and each socket
 //! knows whose it is. When the daemon is gone, names do not resolve until the next one has adopted the slot.
 
-use super::dns::{Responder, Upstreams};
+use super::dns::{Responder, SlotNames, Upstreams};
 use super::front::OwnNames;
 use super::gate::Gate;
 use super::names::Names;
@@ -65,7 +65,7 @@ impl Services {
             let listener = listener(socket(SocketKind::TcpV4).await?, front.port)?;
             tasks.spawn(front.clone().serve(listener, seen.clone()));
         }
-        let responder = Responder { upstreams: Arc::clone(&upstreams), own, view: seen.clone() };
+        let responder = Responder(SlotNames { upstreams: Arc::clone(&upstreams), own, view: seen.clone() });
         let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone() };
         tasks.spawn(responder.clone().serve_udp(questions));
         tasks.spawn(responder.serve_tcp(long_questions));

@@ -1,6 +1,6 @@
 //! As much of DNS's message format (RFC 1035) as a forwarder needs. Pure; every byte may come from a stranger.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 pub(super) const HEADER_BYTES: usize = 12;
 /// In the third byte: a response; the operation, 0 for a query; cut short; recursion desired.
@@ -19,6 +19,12 @@ const LABEL_BYTES_MAX: u8 = 63;
 const POINTER: u8 = 0xc0;
 /// Type A, class IN.
 const ADDRESS: [u8; 4] = [0, 1, 0, 1];
+/// Type AAAA, class IN.
+const ADDRESS_V6: [u8; 4] = [0, 28, 0, 1];
+/// A name that points to the question's.
+const SAME_NAME: [u8; 2] = [POINTER, 12];
+/// Of our own answers: they stay below what UDP carries, and their count in one byte.
+const RECORDS_MAX: usize = 8;
 /// Of a record: type, class, time to live, length of the data.
 const RECORD_HEAD_BYTES: usize = 10;
 
@@ -56,21 +62,30 @@ pub(super) fn failure(question: &[u8], code: u8) -> Vec<u8> {
     answer
 }
 
-/// An answer with one IPv4 address; without any when something else than that was asked for.
-pub(super) fn address(question: &[u8], address: Ipv4Addr) -> Vec<u8> {
-    /// A name that points to the question's.
-    const SAME_NAME: [u8; 2] = [POINTER, 12];
+/// An answer with those of `addresses` that are of the kind asked for; without any when something else was asked for.
+pub(in super::super) fn addresses_answer(question: &[u8], addresses: &[IpAddr]) -> Vec<u8> {
     let mut answer = failure(question, 0);
-    if answer.ends_with(&ADDRESS) {
+    let is_v6 = answer.ends_with(&ADDRESS_V6);
+    if !is_v6 && !answer.ends_with(&ADDRESS) {
+        return answer;
+    }
+    for address in addresses.iter().filter(|address| address.is_ipv6() == is_v6).take(RECORDS_MAX) {
         if let Some(count) = answer.get_mut(7) {
-            *count = 1;
+            *count += 1;
         }
         answer.extend(SAME_NAME);
-        answer.extend(ADDRESS);
-        answer.extend([0, 0, 0, TIME_TO_LIVE_S, 0, 4]);
-        answer.extend(address.octets());
+        match address {
+            IpAddr::V4(address) => record(&mut answer, ADDRESS, &address.octets()),
+            IpAddr::V6(address) => record(&mut answer, ADDRESS_V6, &address.octets()),
+        }
     }
     answer
+}
+
+fn record<const N: usize>(answer: &mut Vec<u8>, kind: [u8; 4], data: &[u8; N]) {
+    answer.extend(kind);
+    answer.extend([0, 0, 0, TIME_TO_LIVE_S, 0, u8::try_from(N).unwrap_or_default()]);
+    answer.extend(data);
 }
 
 /// Where the only question of a message that [`question_name`] has read ends.
@@ -83,7 +98,7 @@ fn question_end(message: &[u8]) -> usize {
 }
 
 /// A question for the IPv4 addresses of `name`, whose labels are short enough because it was parsed before.
-pub(super) fn query(name: &str, id: [u8; 2]) -> Vec<u8> {
+pub(in super::super) fn query(name: &str, id: [u8; 2]) -> Vec<u8> {
     let mut message = vec![id[0], id[1], FLAG_RECURSION_DESIRED, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.').filter(|label| !label.is_empty()) {
         message.push(u8::try_from(label.len()).unwrap_or(LABEL_BYTES_MAX));
@@ -99,7 +114,7 @@ pub(super) fn is_truncated(message: &[u8]) -> bool {
 }
 
 /// The IPv4 addresses among the answers; `None` for a message that ends too early.
-pub(super) fn addresses(message: &[u8]) -> Option<Vec<Ipv4Addr>> {
+pub(in super::super) fn addresses(message: &[u8]) -> Option<Vec<Ipv4Addr>> {
     let count = |at: usize| Some(u16::from_be_bytes([*message.get(at)?, *message.get(at + 1)?]));
     let (questions, answers) = (count(4)?, count(6)?);
     let mut at = HEADER_BYTES;
@@ -178,11 +193,18 @@ mod tests {
     #[test]
     fn an_address_is_answered_to_who_asks_for_one_and_to_nobody_else() {
         let here = Ipv4Addr::new(10, 254, 0, 1);
-        assert_eq!(addresses(&address(&edns_query("x.box.test"), here)), Some(vec![here]));
-        let mut ipv6 = query("x.box.test", [1, 2]);
-        let kind = ipv6.len() - 3;
-        ipv6[kind] = 28;
-        assert_eq!(addresses(&address(&ipv6, here)), Some(vec![]));
+        let both = [IpAddr::V4(here), "::1".parse().unwrap()];
+        assert_eq!(addresses(&addresses_answer(&edns_query("x.box.test"), &both)), Some(vec![here]));
+        let asking = |kind: u8| {
+            let mut question = query("x.box.test", [1, 2]);
+            let at = question.len() - 3;
+            question[at] = kind;
+            question
+        };
+        let sixth = addresses_answer(&asking(28), &both);
+        assert!(sixth[7] == 1 && sixth.ends_with(&[0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]), "{sixth:?}");
+        assert_eq!(addresses_answer(&asking(28), &both[..1])[7], 0, "no such address");
+        assert_eq!(addresses_answer(&asking(16), &both), failure(&asking(16), 0), "a text");
     }
 
     #[test]
@@ -205,7 +227,7 @@ mod tests {
         fn no_message_makes_the_responder_panic(message in proptest::collection::vec(any::<u8>(), 0..64)) {
             question_name(&message);
             failure(&message, REFUSED);
-            address(&message, Ipv4Addr::LOCALHOST);
+            addresses_answer(&message, &[Ipv4Addr::LOCALHOST.into()]);
             addresses(&message);
         }
     }

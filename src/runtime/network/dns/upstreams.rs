@@ -1,6 +1,10 @@
 //! The host's resolvers, and asking them.
+//!
+//! A machine whose names our own resolver (resolver.rs) answers names it in /etc/resolv.conf, between two marks, or in
+//! systemd-resolved's settings. Neither is asked here: we would ask ourselves.
 
 use super::UDP_BYTES_MAX;
+use super::super::resolver::{BLOCK_BEGIN, BLOCK_END};
 use super::message::{self, HEADER_BYTES};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -18,17 +22,28 @@ const FALLBACK: IpAddr = IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8));
 const UPSTREAMS_MAX: usize = 3;
 const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Where systemd-resolved writes whom it asks itself, and the address at which it is asked.
+const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
+const RESOLVED_STUB: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53));
+
 /// The name servers of this host, read again when the file changes.
 #[derive(Debug)]
 pub(in super::super) struct Upstreams {
     configured: Vec<IpAddr>,
+    /// Where the machine's own resolver listens, when these are its upstreams.
+    own: Vec<IpAddr>,
     read: Mutex<Option<(SystemTime, Vec<IpAddr>)>>,
 }
 
 impl Upstreams {
     /// These; if there are none, those of /etc/resolv.conf.
     pub(in super::super) fn new(configured: Vec<IpAddr>) -> Self {
-        Self { configured, read: Mutex::new(None) }
+        Self::behind(configured, Vec::new())
+    }
+
+    /// Those of the machine's own resolver, which listens at `own`: neither itself, nor systemd-resolved, which asks it.
+    pub(in super::super) fn behind(configured: Vec<IpAddr>, own: Vec<IpAddr>) -> Self {
+        Self { configured, own, read: Mutex::new(None) }
     }
 
     /// The first answer of the name servers in their order, under the question's own id.
@@ -66,24 +81,40 @@ impl Upstreams {
         let Ok(changed) = changed else { return vec![FALLBACK] };
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         match &*read {
-            Some((at, servers)) if *at == changed => servers.clone(),
+            // Whom systemd-resolved asks changes without a change of the file that names it.
+            Some((at, servers)) if *at == changed && self.own.is_empty() => servers.clone(),
             _ => {
-                let servers = parse_resolv_conf(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default());
+                let servers = self.servers(|path| std::fs::read_to_string(path).unwrap_or_default());
                 *read = Some((changed, servers.clone()));
                 servers
             }
         }
     }
+
+    fn servers(&self, read: impl Fn(&str) -> String) -> Vec<IpAddr> {
+        let mut servers = parse_resolv_conf(&read(RESOLV_CONF));
+        if !self.own.is_empty() && servers.contains(&RESOLVED_STUB) {
+            servers = parse_resolv_conf(&read(RESOLVED_UPLINKS));
+        }
+        servers.retain(|server| !self.own.contains(server));
+        servers.truncate(UPSTREAMS_MAX);
+        if servers.is_empty() { vec![FALLBACK] } else { servers }
+    }
 }
 
-/// A scoped address (fe80::1%eth0) does not parse and is left out, as rare as it is.
+/// The name servers of a file, without those of our block. A scoped address (fe80::1%eth0) does not parse and is left
+/// out, as rare as it is.
 fn parse_resolv_conf(text: &str) -> Vec<IpAddr> {
-    let named = text.lines().filter_map(|line| {
+    let mut is_ours = false;
+    let mut servers = Vec::new();
+    for line in text.lines() {
+        is_ours = (is_ours || line == BLOCK_BEGIN) && line != BLOCK_END;
         let mut words = line.split_whitespace();
-        (words.next() == Some("nameserver")).then(|| words.next()?.parse().ok()).flatten()
-    });
-    let servers: Vec<IpAddr> = named.take(UPSTREAMS_MAX).collect();
-    if servers.is_empty() { vec![FALLBACK] } else { servers }
+        if !is_ours && words.next() == Some("nameserver") {
+            servers.extend(words.next().and_then(|word| word.parse::<IpAddr>().ok()));
+        }
+    }
+    servers
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -153,10 +184,28 @@ fn with_id(message: &[u8], id: [u8; 2]) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    fn servers(own: &[&str], files: &[(&str, &str)]) -> Vec<String> {
+        let own = own.iter().map(|address| address.parse().unwrap()).collect();
+        let read = |path: &str| files.iter().find(|(name, _)| *name == path).map_or_else(String::new, |(_, text)| (*text).to_owned());
+        Upstreams::behind(Vec::new(), own).servers(read).iter().map(IpAddr::to_string).collect()
+    }
+
     #[test]
     fn the_hosts_resolvers_are_read_and_somebody_is_always_asked() {
         let text = "# by hand\nsearch lan\nnameserver 127.0.0.53\noptions edns0\nnameserver fd00::1\nnameserver fe80::1%eth0\n";
-        assert_eq!(parse_resolv_conf(text), ["127.0.0.53".parse::<IpAddr>().unwrap(), "fd00::1".parse().unwrap()]);
-        assert_eq!(parse_resolv_conf(""), [FALLBACK]);
+        assert_eq!(servers(&[], &[(RESOLV_CONF, text)]), ["127.0.0.53", "fd00::1"]);
+        assert_eq!(servers(&[], &[]), [FALLBACK.to_string()]);
+    }
+
+    #[test]
+    fn our_own_resolver_is_never_asked() {
+        let installed = format!("{BLOCK_BEGIN}\nnameserver 127.0.53.53\n{BLOCK_END}\nnameserver 192.0.2.1\n");
+        assert_eq!(servers(&[], &[(RESOLV_CONF, &installed)]), ["192.0.2.1"], "nor by a slot");
+        let by_hand = "nameserver 127.0.53.53\nnameserver 192.0.2.1\n";
+        assert_eq!(servers(&["127.0.53.53"], &[(RESOLV_CONF, by_hand)]), ["192.0.2.1"]);
+        let uplinks = "nameserver 127.0.53.53\nnameserver 192.0.2.7\n";
+        let resolved = [(RESOLV_CONF, "nameserver 127.0.0.53\n"), (RESOLVED_UPLINKS, uplinks)];
+        assert_eq!(servers(&["127.0.53.53"], &resolved), ["192.0.2.7"], "systemd-resolved asks us");
+        assert_eq!(servers(&["127.0.53.53"], &resolved[..1]), [FALLBACK.to_string()]);
     }
 }
