@@ -8,8 +8,8 @@ use crate::config::{ApiKey, Config, Listen, LogFormat};
 use crate::proxy::{self, Proxy, ProxyConfig, tls};
 use crate::runtime::Runtime;
 use crate::runtime::kernel::{self, Kernel};
-use crate::runtime::network::Front;
 use crate::runtime::network::resolver::{self, Resolver, ResolverConfig, ResolverSockets};
+use crate::runtime::network::{Front, Interception};
 use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::build::{Builds, BuildsMeans};
@@ -74,6 +74,9 @@ pub enum ServeError {
     /// No certificates.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
+    /// Authorities for where requests of sandboxes are changed.
+    #[error("network.extra_ca_file cannot be used; set it to a file of certificates in PEM")]
+    ExtraAuthorities(#[source] io::Error),
     /// The async runtime or its signals cannot be set up.
     #[error("the server cannot be set up")]
     Setup(#[source] io::Error),
@@ -98,9 +101,11 @@ async fn serve(mut config: Config, mut bound: Bound) -> Result<(), ServeError> {
     let store = Store::open(&config.data_dir)?;
     let install = install::read_or_make(&config.data_dir)?;
     let key = api_key(&config)?;
-    let (tls, ca_pem) = certificates(&config, &install.instance.to_string())?;
+    let authority = authority(&config, &install.instance.to_string())?;
+    let tls = tls::server_config(&authority, &config.domain)?;
     let front = front(&config);
-    config.sandbox.ca_pem = Some(ca_pem);
+    config.sandbox.ca_pem = Some(authority.pem().to_owned());
+    config.runtime.network.interception = Some(interception(&config, &authority)?);
     config.sandbox.localhost_port = front.domain.ends_with(".localhost").then_some(front.port);
     config.runtime.network.front = Some(front);
     let templates = Templates::open(config.template.clone(), store.clone());
@@ -193,12 +198,17 @@ fn start_logging(config: &Config) {
     };
 }
 
-/// Our authority, its bundle for clients, and the leaf for the domain; with the authority's certificate, for sandboxes.
-fn certificates(config: &Config, instance: &str) -> Result<(Arc<rustls::ServerConfig>, String), ServeError> {
+/// Our authority, with its bundle for clients written.
+fn authority(config: &Config, instance: &str) -> Result<Arc<tls::Authority>, ServeError> {
     let authority = tls::Authority::open(&config.data_dir, instance)?;
     tls::write_bundle(&authority, &config.data_dir.join("tls/bundle.pem"))?;
-    let pem = authority.pem().to_owned();
-    Ok((tls::server_config(authority, &config.domain)?, pem))
+    Ok(Arc::new(authority))
+}
+
+/// How requests of sandboxes are changed: they trust our authority, which they were given.
+fn interception(config: &Config, authority: &Arc<tls::Authority>) -> Result<Interception, ServeError> {
+    let shown = tls::interception_config(authority)?;
+    Interception::new(shown, config.runtime.network.extra_ca_file.as_deref()).map_err(ServeError::ExtraAuthorities)
 }
 
 fn api_config(config: &Config, key: ApiKey) -> ApiConfig {

@@ -69,6 +69,7 @@ keys! {
     "network.deny_private" => |c, v| c.runtime.network.deny_private = v.flag()?;
     "network.allow_private" => |c, v| c.runtime.network.allow_private = blocks(v)?;
     "network.dns_upstreams" => |c, v| c.runtime.network.dns_upstreams = addresses(v)?;
+    "network.extra_ca_file" => |c, v| c.runtime.network.extra_ca_file = Some(absolute(v)?);
     "dns.listen" => |c, v| c.dns.listen = Some(loopback(v)?);
     "dns.names" => |c, v| c.dns.names = names(v)?;
     "dns.answers" => |c, v| c.dns.answers = addresses(v)?;

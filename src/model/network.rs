@@ -113,10 +113,16 @@ impl fmt::Debug for EgressProxy {
 }
 
 /// Headers that are set on outbound requests to one domain.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct HeaderRule {
-    /// Header name to value; replaces what the program sent.
+    /// Header name to value; replaces what the program sent. Values are secrets: never returned by any API, never logged.
     pub headers: BTreeMap<String, String>,
+}
+
+impl fmt::Debug for HeaderRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeaderRule").field("headers", &self.headers.keys().collect::<Vec<_>>()).finish_non_exhaustive()
+    }
 }
 
 /// The whole network side of a specification. `PUT /network` replaces the egress half of it.
@@ -130,7 +136,7 @@ pub struct NetworkPolicy {
     pub deny_out: Vec<EgressTarget>,
     /// Where egress TCP is sent through.
     pub egress_proxy: Option<EgressProxy>,
-    /// Header rules by domain.
+    /// Header rules by domain: exact names, and `*.` for all below. Lower case.
     pub rules: BTreeMap<String, HeaderRule>,
     /// Whether user ports need the traffic token.
     pub public_traffic: PublicTraffic,
@@ -142,6 +148,11 @@ impl NetworkPolicy {
     /// Whether nothing at all may leave: no internet and no exception.
     pub fn is_closed(&self) -> bool {
         self.denies_everything() && self.allow_out.is_empty()
+    }
+
+    /// Whether requests may be changed on their way out.
+    pub fn changes_requests(&self) -> bool {
+        self.rules.values().any(|rule| !rule.headers.is_empty())
     }
 
     /// Whether the default for destinations that no rule names is "denied".

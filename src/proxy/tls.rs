@@ -127,12 +127,22 @@ impl Authority {
 }
 
 /// The TLS side of the HTTPS listener for sandboxes below `domain`, which may carry a port. HTTP/1.1 only.
-pub fn server_config(authority: Authority, domain: &str) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+pub fn server_config(authority: &Arc<Authority>, domain: &str) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let names = leaf_names(super::Domain::of(domain).as_str());
-    let leaves = Leaves { own: Mutex::new(authority.leaf(&names)?), clouds: Mutex::default(), authority, names };
+    let own = Mutex::new(authority.leaf(&names)?);
+    config_with(Arc::new(Leaves { own, names, clouds: Minted::by(authority) }))
+}
+
+/// The TLS side that sandboxes meet where requests of theirs are changed on the way: a leaf for whatever name they ask
+/// for. HTTP/1.1 only.
+pub fn interception_config(authority: &Arc<Authority>) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+    config_with(Arc::new(AnyName(Minted::by(authority))))
+}
+
+fn config_with(leaves: Arc<dyn ResolvesServerCert>) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let versions = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().map_err(TlsError::Rustls)?;
-    let mut config = versions.with_no_client_auth().with_cert_resolver(Arc::new(leaves));
+    let mut config = versions.with_no_client_auth().with_cert_resolver(leaves);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
@@ -169,6 +179,7 @@ fn pem_of(certificate: &CertificateDer<'_>) -> String {
     format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
 }
 
+#[derive(Debug)]
 struct Leaf {
     key: Arc<CertifiedKey>,
     renew_at: OffsetDateTime,
@@ -177,28 +188,22 @@ struct Leaf {
 /// The clouds whose SDKs this server speaks to. A client that cannot be told another name finds it under theirs, on a
 /// machine that resolves them so (`stillbox hosts`) and trusts our authority: both are its owner's doing.
 const CLOUDS: [&str; 4] = ["e2b.app", "e2b.dev", "novita.ai", "hopx.dev"];
-/// Leaves for those; names come from whoever connects.
-const CLOUD_LEAVES_MAX: usize = 256;
+/// Leaves that are kept; names come from whoever connects.
+const MINTED_MAX: usize = 256;
 
 /// Shows the leaf for our own names, and to who asks for a cloud's name one for that. Makes new ones in time.
+#[derive(Debug)]
 struct Leaves {
-    authority: Authority,
     names: Vec<String>,
     own: Mutex<Leaf>,
-    /// By the domain that the leaf's wildcard stands for.
-    clouds: Mutex<BTreeMap<String, Leaf>>,
-}
-
-impl std::fmt::Debug for Leaves {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Leaves").field("names", &self.names).finish_non_exhaustive()
-    }
+    clouds: Minted,
 }
 
 impl ResolvesServerCert for Leaves {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         match hello.server_name().and_then(cloud_domain) {
-            Some(domain) => self.of_cloud(domain),
+            // A certificate's `*` stands for one label, so each domain below a cloud's has a leaf of its own.
+            Some(domain) => self.clouds.leaf(domain, &[format!("*.{domain}"), domain.to_owned()]),
             None => self.own(),
         }
     }
@@ -208,31 +213,60 @@ impl Leaves {
     fn own(&self) -> Option<Arc<CertifiedKey>> {
         let mut leaf = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         if leaf.renew_at <= OffsetDateTime::now_utc() {
-            match self.authority.leaf(&self.names) {
+            match self.clouds.authority.leaf(&self.names) {
                 Ok(renewed) => *leaf = renewed,
                 Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "Could not renew the TLS certificate"),
             }
         }
         Some(Arc::clone(&leaf.key))
     }
+}
 
-    /// A certificate's `*` stands for one label, so each domain below a cloud's has a leaf of its own.
-    fn of_cloud(&self, domain: &str) -> Option<Arc<CertifiedKey>> {
-        let mut leaves = self.clouds.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(leaf) = leaves.get(domain).filter(|leaf| leaf.renew_at > OffsetDateTime::now_utc()) {
+/// Shows a leaf for the very name that is asked for.
+#[derive(Debug)]
+struct AnyName(Minted);
+
+impl ResolvesServerCert for AnyName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let name = hello.server_name()?;
+        self.0.leaf(name, &[name.to_owned()])
+    }
+}
+
+/// Leaves made when they are first asked for.
+struct Minted {
+    authority: Arc<Authority>,
+    by_name: Mutex<BTreeMap<String, Leaf>>,
+}
+
+impl std::fmt::Debug for Minted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Minted").finish_non_exhaustive()
+    }
+}
+
+impl Minted {
+    fn by(authority: &Arc<Authority>) -> Self {
+        Self { authority: Arc::clone(authority), by_name: Mutex::default() }
+    }
+
+    /// The leaf that is kept under `key`, else a new one for `names`.
+    fn leaf(&self, key: &str, names: &[String]) -> Option<Arc<CertifiedKey>> {
+        let mut leaves = self.by_name.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leaf) = leaves.get(key).filter(|leaf| leaf.renew_at > OffsetDateTime::now_utc()) {
             return Some(Arc::clone(&leaf.key));
         }
-        if leaves.len() >= CLOUD_LEAVES_MAX {
+        if leaves.len() >= MINTED_MAX {
             leaves.clear();
         }
-        match self.authority.leaf(&[format!("*.{domain}"), domain.to_owned()]) {
+        match self.authority.leaf(names) {
             Ok(leaf) => {
-                let key = Arc::clone(&leaf.key);
-                leaves.insert(domain.to_owned(), leaf);
-                Some(key)
+                let made = Arc::clone(&leaf.key);
+                leaves.insert(key.to_owned(), leaf);
+                Some(made)
             }
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "Could not make a TLS certificate for *.{domain}");
+                tracing::error!(error = &error as &dyn std::error::Error, "Could not make a TLS certificate for {key}");
                 None
             }
         }

@@ -20,12 +20,14 @@ mod front;
 mod gate;
 mod host;
 mod inner;
+mod intercept;
 mod links;
 mod names;
 mod nft;
 mod pool;
 mod record;
 pub mod resolver;
+mod rewrite;
 mod rules;
 mod services;
 mod slot;
@@ -35,6 +37,7 @@ mod subnet;
 
 pub use front::Front;
 pub use inner::InnerNetwork;
+pub use intercept::Interception;
 
 use crate::model::{InstanceId, NetworkPolicy, SandboxId};
 use crate::sys::netns::{Netns, SocketFactory, SocketKind};
@@ -43,11 +46,11 @@ use front::OwnNames;
 use host::{Host, Leftovers};
 use pool::{Lent, Pool, Taken};
 use record::Record;
-use services::{Services, View};
+use services::{Means, Services, View};
 use slot::{Slot, SlotPlan};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::join;
@@ -83,6 +86,11 @@ pub struct NetworkConfig {
     /// Where this server's public URLs are; unset: sandboxes do not reach them.
     #[serde(skip)]
     pub front: Option<Front>,
+    /// Authorities that other ends' certificates may come from, beside the system's, where requests are changed (PEM).
+    pub extra_ca_file: Option<PathBuf>,
+    /// How requests are changed; unset: policies with rules are refused.
+    #[serde(skip)]
+    pub interception: Option<Interception>,
 }
 
 impl Default for NetworkConfig {
@@ -95,6 +103,8 @@ impl Default for NetworkConfig {
             allow_private: Vec::new(),
             dns_upstreams: Vec::new(),
             front: None,
+            extra_ca_file: None,
+            interception: None,
         }
     }
 }
@@ -217,17 +227,9 @@ impl Network {
         Ok(Self { shared })
     }
 
-    /// Whether this server can enforce `policy`: the typed refusal for the API, before anything is made.
-    pub fn check(policy: &NetworkPolicy) -> Result<(), NetworkError> {
-        if !policy.rules.is_empty() {
-            return Err(NetworkError::Unsupported { field: "network.rules" });
-        }
-        Ok(())
-    }
-
     /// A slot for `sandbox` with these rules, out of the pool if there is one ready (then about a millisecond).
     pub async fn lease(&self, sandbox: SandboxId, policy: &NetworkPolicy) -> Result<SlotLease, NetworkError> {
-        Self::check(policy)?;
+        self.shared.check(policy)?;
         let slot = self.shared.take_slot().await?;
         match self.shared.dress(&slot, sandbox, policy).await {
             Ok(services) => {
@@ -272,7 +274,7 @@ impl Network {
 
     /// Replaces the egress rules of a leased slot at once; connections that are open go on.
     pub async fn set_policy(&self, slot: u32, policy: &NetworkPolicy) -> Result<(), NetworkError> {
-        Self::check(policy)?;
+        self.shared.check(policy)?;
         let (lent, view) = self.shared.pool.lent(slot).ok_or(NetworkError::Gone { slot })?;
         let (plan, policy) = (self.shared.plan.clone(), policy.clone());
         blocking(move || {
@@ -352,6 +354,14 @@ impl Network {
 }
 
 impl Shared {
+    /// Whether this server can enforce `policy`: refused before anything is made.
+    fn check(&self, policy: &NetworkPolicy) -> Result<(), NetworkError> {
+        if policy.changes_requests() && self.config.interception.is_none() {
+            return Err(NetworkError::Unsupported { field: "network.rules" });
+        }
+        Ok(())
+    }
+
     fn lease_of(&self, slot: u32) -> SlotLease {
         let inner = InnerNetwork {
             slot_netns: self.plan.pin(slot),
@@ -401,7 +411,8 @@ impl Shared {
 
     async fn serve(&self, slot: &Slot, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
         let own = self.config.front.clone().map(|front| OwnNames { front, gateway: INNER_GATEWAY });
-        let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), own, &self.sockets);
+        let means = Means { sockets: &self.sockets, interception: self.config.interception.as_ref() };
+        let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), own, means);
         started.await.map_err(step("starting a network slot's services"))
     }
 

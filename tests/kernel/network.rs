@@ -1,5 +1,6 @@
 //! Networks of sandboxes, each test in a host netns of its own with an internet that it made itself.
 
+mod intercept;
 mod internet;
 mod names;
 mod world;

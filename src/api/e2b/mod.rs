@@ -7,6 +7,7 @@ pub(in crate::api) mod ask;
 mod builds;
 mod cursor;
 pub(in crate::api) mod error;
+mod header_rules;
 mod lifecycle;
 pub(in crate::api) mod list;
 pub(in crate::api) mod network;

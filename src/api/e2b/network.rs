@@ -4,10 +4,11 @@ use super::super::ApiState;
 use super::super::body::OptionalJson;
 use super::super::error::ApiError;
 use super::ask::SandboxPath;
-use super::wire;
-use crate::model::{EgressProxy, EgressTarget, NetworkPolicy, PublicTraffic, Secure};
+use super::{header_rules, wire};
+use crate::model::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, PublicTraffic, Secure};
 use axum::extract::State;
 use http::{HeaderValue, StatusCode};
+use std::collections::BTreeMap;
 
 /// Targets of one list. E2B has no limit of its own; each becomes rules in the kernel.
 const TARGETS_MAX: usize = 1000;
@@ -46,12 +47,9 @@ pub(super) fn policy(
     Ok(NetworkPolicy { public_traffic, mask_request_host: network.mask_request_host.map(host_mask).transpose()?, ..egress })
 }
 
-/// The policy as it was set. The wire has no place for secrets of the egress proxy, and none is given.
+/// The policy as it was set, without its secrets: the egress proxy's password, the values of headers.
 pub(super) fn shown(policy: &NetworkPolicy) -> wire::ShownNetwork {
     let texts = |targets: &[EgressTarget]| targets.iter().map(ToString::to_string).collect();
-    let rule = |rule: &crate::model::HeaderRule| {
-        vec![wire::NetworkRule { transform: Some(wire::NetworkTransform { headers: Some(rule.headers.clone()) }) }]
-    };
     wire::ShownNetwork {
         allow_public_traffic: policy.public_traffic == PublicTraffic::Allowed,
         allow_out: texts(&policy.allow_out),
@@ -61,7 +59,7 @@ pub(super) fn shown(policy: &NetworkPolicy) -> wire::ShownNetwork {
             .as_ref()
             .map(|proxy| wire::ShownEgressProxy { address: proxy.address.clone(), username: proxy.username.clone() }),
         mask_request_host: policy.mask_request_host.clone(),
-        rules: policy.rules.iter().map(|(domain, headers)| (domain.clone(), rule(headers))).collect(),
+        rules: header_rules::shown(&policy.rules),
     }
 }
 
@@ -70,6 +68,7 @@ struct Egress {
     allow_out: Vec<EgressTarget>,
     deny_out: Vec<EgressTarget>,
     proxy: Option<EgressProxy>,
+    rules: BTreeMap<String, HeaderRule>,
 }
 
 impl TryFrom<wire::Egress> for Egress {
@@ -84,7 +83,8 @@ impl TryFrom<wire::Egress> for Egress {
             )));
         }
         let proxy = egress.egress_proxy.map(egress_proxy).transpose()?;
-        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out, proxy })
+        let rules = header_rules::parse(egress.rules.unwrap_or_default())?;
+        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out, proxy, rules })
     }
 }
 
@@ -95,6 +95,7 @@ impl Egress {
             allow_out: self.allow_out,
             deny_out: self.deny_out,
             egress_proxy: self.proxy,
+            rules: self.rules,
             ..NetworkPolicy::default()
         };
         match policy.allow_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
@@ -113,14 +114,13 @@ fn refuse_unserved(egress: &wire::Egress) -> Result<(), ApiError> {
             "network.egressProxy.tls",
             egress.egress_proxy.as_ref().and_then(|proxy| proxy.tls.as_ref()).is_some_and(|tls| tls.enabled == Some(true)),
         ),
-        ("network.rules", egress.rules.as_ref().is_some_and(|rules| !rules.is_empty())),
         ("network.dnsServers", egress.dns_servers.is_some()),
         ("network.httpsPorts", egress.https_ports.as_ref().is_some_and(|ports| !ports.is_empty())),
     ];
     match wants.into_iter().find(|(_, is_wanted)| *is_wanted) {
         Some((field, _)) => Err(ApiError::not_served(
             field,
-            "leave it out; allowOut, denyOut, egressProxy without TLS, allowPublicTraffic and maskRequestHost are",
+            "leave it out; allowOut, denyOut, rules, egressProxy without TLS, allowPublicTraffic and maskRequestHost are",
         )),
         None => Ok(()),
     }
@@ -225,7 +225,6 @@ mod tests {
                 .contains("0 bytes")
         );
         assert_eq!(refused(serde_json::json!({"egressProxy": {"address": "a:1", "tls": {"enabled": true}}}), Secure::Token).0, 501);
-        assert_eq!(refused(serde_json::json!({"rules": {"a.com": [{"transform": {"headers": {}}}]}}), Secure::Token).0, 501);
     }
 
     #[test]

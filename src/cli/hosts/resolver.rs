@@ -94,7 +94,10 @@ fn with_server(present: &str, listen: SocketAddr) -> String {
 fn drop_in(listen: SocketAddr, config: &Config) -> String {
     let extra = config.dns.names.iter().map(|name| name.strip_prefix("*.").unwrap_or(name));
     let domains: Vec<String> = std::iter::once(config.domain_name()).chain(extra).map(|name| format!("~{name}")).collect();
-    format!("# Written by `stillbox hosts --install --resolver`; `stillbox hosts --remove` removes it.\n[Resolve]\nDNS={listen}\nDomains={}\n", domains.join(" "))
+    format!(
+        "# Written by `stillbox hosts --install --resolver`; `stillbox hosts --remove` removes it.\n[Resolve]\nDNS={listen}\nDomains={}\n",
+        domains.join(" ")
+    )
 }
 
 fn write_drop_in(text: &str) -> io::Result<()> {

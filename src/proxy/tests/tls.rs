@@ -32,7 +32,7 @@ async fn clients_that_trust_the_bundle_reach_sandboxes_and_the_api_over_https() 
     let world = World::new();
     let id = world.add(spec());
     world.open_port(id, 8000, mirror().await);
-    let server = start_with(&world, Some(server_config(authority, DOMAIN).unwrap()), ProxyConfig::for_domain(DOMAIN)).await;
+    let server = start_with(&world, Some(server_config(&Arc::new(authority), DOMAIN).unwrap()), ProxyConfig::for_domain(DOMAIN)).await;
     let connector = connector(&trusted);
     let clouds = ["api.sandbox.novita.ai".to_owned(), "api.hopx.dev".to_owned(), format!("8000-{id}.us-1.sandbox.novita.ai")];
     let own = [format!("8000-{id}.stillbox.localhost"), "api.stillbox.localhost".into(), "localhost".into(), "127.0.0.1".into()];

@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn who_may_ask_for_no_name_may_not_come_in() {
-        let admits = |names| front().admits(&View { names, proxy: None });
+        let admits = |names| front().admits(&View { names, ..View::default() });
         assert!(admits(Names::All) && admits(Names::Only(vec!["*.box.test".into()])));
         assert!(!admits(Names::None) && !admits(Names::Only(vec!["example.com".into()])));
     }

@@ -2,9 +2,11 @@
 //!
 //! The gate reads the name that a connection is for (TLS's SNI, HTTP's Host), as E2B's does, and connects to what the
 //! *host* resolves that name to, so that an allowed name on another machine's address gets nowhere. It connects from
-//! inside the slot: what the host keeps out of reach stays out of reach.
+//! inside the slot: what the host keeps out of reach stays out of reach. Connections for names whose requests are changed
+//! go on in intercept.rs.
 
 use super::dns::Upstreams;
+use super::intercept::{self, Intercepted, Interception};
 use super::names::Names;
 use super::rules::NAMED_PORTS;
 use super::services::{View, accept_bounded};
@@ -34,6 +36,8 @@ pub(super) struct Gate {
     pub(super) upstreams: Arc<Upstreams>,
     pub(super) sockets: SocketFactory,
     pub(super) slot: Netns,
+    /// For who may change requests.
+    pub(super) interception: Option<Interception>,
 }
 
 /// Whom a connection is for.
@@ -50,37 +54,56 @@ impl Gate {
     }
 
     async fn pass(self, mut client: TcpStream) -> io::Result<()> {
-        // A client that is turned away sees a reset, not an orderly end of what never was a conversation.
-        client.set_zero_linger()?;
         client.set_nodelay(true)?;
-        let wanted = original_destination(&client)?;
         let view = self.view.borrow().clone();
-        let (target, head) = identify(&view.names, wanted, &mut client).await?;
-        let mut server = timeout(CONNECT_TIMEOUT, self.connect(&view, &target)).await??;
-        server.set_nodelay(true)?;
-        server.write_all(&head).await?;
-        copy_bidirectional(&mut client, &mut server).await.map(|_| ())
+        let mut head = Vec::new();
+        let opened = async {
+            let wanted = original_destination(&client)?;
+            let target = match identify(&view, wanted, &mut client, &mut head).await? {
+                Passage::To(target) => target,
+                Passage::Changed(name) => return Ok(Opened::Changed { name, port: wanted.port() }),
+            };
+            let mut server = self.connect_in_time(&view, &target).await?;
+            server.set_nodelay(true)?;
+            server.write_all(&head).await?;
+            Ok(Opened::Through(server))
+        };
+        match (opened.await, &self.interception) {
+            (Ok(Opened::Through(mut server)), _) => copy_bidirectional(&mut client, &mut server).await.map(drop),
+            (Ok(Opened::Changed { name, port }), Some(interception)) => {
+                let interception = interception.clone();
+                intercept::serve(self, view, interception, Intercepted { stream: client, head, name, port }).await
+            }
+            // A client that is turned away sees a reset, not an orderly end of what never was a conversation.
+            (Ok(Opened::Changed { .. }), None) => client.set_zero_linger(),
+            (Err(error), _) => client.set_zero_linger().and(Err(error)),
+        }
+    }
+
+    /// Connects to a target as the policy says, by its proxy if it has one.
+    pub(super) async fn connect_in_time(&self, view: &View, target: &Target) -> io::Result<TcpStream> {
+        timeout(CONNECT_TIMEOUT, self.connect(view, target)).await?
     }
 
     async fn connect(&self, view: &View, target: &Target) -> io::Result<TcpStream> {
         match &view.proxy {
             Some(proxy) => {
-                let mut stream = self.dial_target(&proxy_target(proxy)?).await?;
+                let mut stream = self.dial_target(&proxy_target(proxy)?, |_| true).await?;
                 socks::connect(&mut stream, proxy, target).await?;
                 Ok(stream)
             }
-            None => self.dial_target(target).await,
+            None => self.dial_target(target, |address| view.permits(target, address)).await,
         }
     }
 
     /// Of a name's addresses the first that answers; IPv4 only, since nothing else leads out of a slot.
-    async fn dial_target(&self, target: &Target) -> io::Result<TcpStream> {
+    async fn dial_target(&self, target: &Target, is_permitted: impl Fn(Ipv4Addr) -> bool) -> io::Result<TcpStream> {
         let (name, port) = match target {
             Target::Address(address) => return self.dial(*address).await,
             Target::Name(name, port) => (name, *port),
         };
-        let mut outcome = Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no IPv4 address"));
-        for address in self.upstreams.resolve(name).await? {
+        let mut outcome = Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no IPv4 address that may be reached"));
+        for address in self.upstreams.resolve(name).await?.into_iter().filter(|address| is_permitted(*address)) {
             outcome = self.dial(SocketAddrV4::new(address, port)).await;
             if outcome.is_ok() {
                 break;
@@ -110,14 +133,57 @@ fn original_destination(client: &TcpStream) -> io::Result<SocketAddrV4> {
     Ok(SocketAddrV4::new(Ipv4Addr::from(u32::from_be(address.sin_addr.s_addr)), u16::from_be(address.sin_port)))
 }
 
-/// Whom a connection is for and what of it was read to find out; an error when that is not allowed.
-async fn identify(names: &Names, wanted: SocketAddrV4, client: &mut TcpStream) -> io::Result<(Target, Vec<u8>)> {
-    let Names::Only(_) = names else { return Ok((Target::Address(wanted), Vec::new())) };
-    if !NAMED_PORTS.contains(&wanted.port()) {
-        return Ok((Target::Address(wanted), Vec::new()));
+/// How a connection goes on.
+#[derive(Debug, PartialEq, Eq)]
+enum Passage {
+    To(Target),
+    /// Its requests are changed; they are for this name.
+    Changed(String),
+}
+
+/// What became of it.
+enum Opened {
+    Through(TcpStream),
+    Changed { name: String, port: u16 },
+}
+
+impl View {
+    /// Whether addresses alone let a connection pass that was sent here. Where names decide nothing, the slot's rules
+    /// have sent only what they let pass.
+    fn lets_pass(&self, wanted: Ipv4Addr) -> bool {
+        match &self.names {
+            Names::All | Names::None => true,
+            Names::Only(_) => self.addresses.admit(wanted),
+        }
     }
-    let head = timeout(HEAD_TIMEOUT, sniff::read_head(client)).await??;
-    let name = head.name.filter(|name| names.allow(name));
-    let name = name.ok_or_else(|| io::Error::new(io::ErrorKind::PermissionDenied, "no allowed name was asked for"))?;
-    Ok((Target::Name(name, wanted.port()), head.bytes))
+
+    /// Whether an address may be connected to on the way to a target: a name that is allowed leads anywhere.
+    fn permits(&self, target: &Target, address: Ipv4Addr) -> bool {
+        match (target, &self.names) {
+            (Target::Name(name, _), Names::Only(_)) if self.names.allow(name) => true,
+            (Target::Name(..), _) => self.addresses.admit(address),
+            (Target::Address(_), _) => true,
+        }
+    }
+}
+
+/// Whom a connection is for, with what of it was read to find out in `head`; an error when that is not allowed.
+async fn identify(view: &View, wanted: SocketAddrV4, client: &mut TcpStream, head: &mut Vec<u8>) -> io::Result<Passage> {
+    let by_address = Passage::To(Target::Address(wanted));
+    let passes = view.lets_pass(*wanted.ip());
+    if !NAMED_PORTS.contains(&wanted.port()) || (passes && view.rewrites.is_empty()) {
+        return Ok(by_address);
+    }
+    let name = match timeout(HEAD_TIMEOUT, sniff::read_name(client, head)).await {
+        Ok(name) => name?,
+        // Whoever waits for the other side to speak first speaks no protocol that is changed.
+        Err(_) if passes => None,
+        Err(late) => return Err(late.into()),
+    };
+    match name {
+        Some(name) if (passes || view.names.allow(&name)) && view.rewrites.concern(&name) => Ok(Passage::Changed(name)),
+        _ if passes => Ok(by_address),
+        Some(name) if view.names.allow(&name) => Ok(Passage::To(Target::Name(name, wanted.port()))),
+        Some(_) | None => Err(io::Error::new(io::ErrorKind::PermissionDenied, "no allowed name was asked for")),
+    }
 }

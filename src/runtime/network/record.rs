@@ -23,7 +23,7 @@ impl Record {
         serde_json::from_slice(&std::fs::read(Self::path(pins, slot))?).map_err(io::Error::other)
     }
 
-    /// Whole or not at all, and for root's eyes only: a policy may hold a proxy's password.
+    /// Whole or not at all, and for root's eyes only: a policy may hold a proxy's password and headers' values.
     pub(super) fn write(&self, pins: &Path, slot: u32) -> io::Result<()> {
         let aside = pins.join(format!("{slot}.json.new"));
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&aside)?;
@@ -42,7 +42,7 @@ impl Record {
     pub(super) fn has_default_rules(&self) -> bool {
         let policy = &self.policy;
         let is_default_egress = policy.deny_out.is_empty() && policy.allow_out.is_empty() && policy.egress_proxy.is_none();
-        policy.allow_internet_access != Some(false) && is_default_egress
+        policy.allow_internet_access != Some(false) && is_default_egress && !policy.changes_requests()
     }
 }
 

@@ -247,33 +247,52 @@ pub(super) fn policy_transaction(instance: InstanceId, policy: &NetworkPolicy) -
 }
 
 /// What a policy's blocks come down to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Egress {
     /// `0.0.0.0/0` is allowed, which beats every denial.
     Everything,
+    #[default]
     AllButDenied,
     OnlyAllowed,
 }
 
-impl Egress {
-    fn of(policy: &NetworkPolicy, allowed: &[Block], denied: &[Block]) -> Self {
+/// Which addresses a policy lets a sandbox reach, names and the host's own refusals aside.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Addresses {
+    allowed: Vec<Block>,
+    denied: Vec<Block>,
+    egress: Egress,
+}
+
+impl Addresses {
+    pub(super) fn of(policy: &NetworkPolicy) -> Self {
+        let allowed = blocks(&policy.allow_out);
+        let denied = blocks(&policy.deny_out);
         let is_everything = |block: &Block| block.prefix == 0;
-        if allowed.iter().any(is_everything) {
-            Self::Everything
+        let egress = if allowed.iter().any(is_everything) {
+            Egress::Everything
         } else if policy.denies_everything() || denied.iter().any(is_everything) {
-            Self::OnlyAllowed
+            Egress::OnlyAllowed
         } else {
-            Self::AllButDenied
+            Egress::AllButDenied
+        };
+        Self { allowed: without_everything(&allowed), denied: without_everything(&denied), egress }
+    }
+
+    pub(super) fn admit(&self, address: Ipv4Addr) -> bool {
+        let has = |blocks: &[Block]| blocks.iter().any(|block| (block.first()..=block.last()).contains(&u32::from(address)));
+        match self.egress {
+            Egress::Everything => true,
+            Egress::AllButDenied => has(&self.allowed) || !has(&self.denied),
+            Egress::OnlyAllowed => has(&self.allowed),
         }
     }
 }
 
 fn fill_policy(table: &mut Transaction, policy: &NetworkPolicy) {
-    let allowed = blocks(&policy.allow_out);
-    let denied = blocks(&policy.deny_out);
-    let egress = Egress::of(policy, &allowed, &denied);
-    table.address_set("allowed", ranges(&without_everything(&allowed)));
-    table.address_set("denied", ranges(&without_everything(&denied)));
+    let Addresses { allowed, denied, egress } = Addresses::of(policy);
+    table.address_set("allowed", ranges(&allowed));
+    table.address_set("denied", ranges(&denied));
     table.rule("egress", vec![is(destination(), in_set("allowed")), accept()]);
     match egress {
         Egress::Everything => table.rule("egress", vec![accept()]),
@@ -287,8 +306,14 @@ fn fill_policy(table: &mut Transaction, policy: &NetworkPolicy) {
         redirect_named(table);
     }
     if policy.egress_proxy.is_some() {
-        redirect_allowed(table, egress);
+        redirect_allowed(table, egress, || nft::protocol("tcp"));
+    } else if policy.changes_requests() {
+        redirect_allowed(table, egress, || is(nft::port_of("tcp"), named_ports()));
     }
+}
+
+fn named_ports() -> Expr {
+    nft::any_of(NAMED_PORTS.map(|port| Expr::Number(port.into())))
 }
 
 fn redirect_named(table: &mut Transaction) {
@@ -296,13 +321,13 @@ fn redirect_named(table: &mut Transaction) {
         let to_dns = is(nft::port_of(protocol), Expr::Number(DNS_PORT.into()));
         table.rule("redirects", vec![is(destination(), nft::text(IMPLICIT_RESOLVER)), to_dns, nft::redirect_to(DNS_PORT)]);
     }
-    let named = nft::any_of(NAMED_PORTS.map(|port| Expr::Number(port.into())));
-    table.rule("redirects", vec![is_not(destination(), in_set("allowed")), is(nft::port_of("tcp"), named), nft::redirect_to(GATE_PORT)]);
+    let is_named = is(nft::port_of("tcp"), named_ports());
+    table.rule("redirects", vec![is_not(destination(), in_set("allowed")), is_named, nft::redirect_to(GATE_PORT)]);
 }
 
-/// What may leave leaves through the proxy; what may not is left to the refusals of `egress`.
-fn redirect_allowed(table: &mut Transaction, egress: Egress) {
-    let to_gate = || vec![nft::protocol("tcp"), nft::redirect_to(GATE_PORT)];
+/// What may leave leaves through the gate; what may not is left to the refusals of `egress`.
+fn redirect_allowed(table: &mut Transaction, egress: Egress, which: impl Fn() -> nft::Stmt) {
+    let to_gate = || vec![which(), nft::redirect_to(GATE_PORT)];
     table.rule("redirects", [vec![is(destination(), in_set("allowed"))], to_gate()].concat());
     match egress {
         Egress::Everything => table.rule("redirects", to_gate()),

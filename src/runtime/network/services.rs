@@ -7,8 +7,10 @@
 use super::dns::{Responder, SlotNames, Upstreams};
 use super::front::OwnNames;
 use super::gate::Gate;
+use super::intercept::Interception;
 use super::names::Names;
-use super::rules::{DNS_PORT, GATE_PORT};
+use super::rewrite::Rewrites;
+use super::rules::{Addresses, DNS_PORT, GATE_PORT};
 use crate::model::{EgressProxy, NetworkPolicy};
 use crate::sys::netns::{Netns, SocketFactory, SocketKind};
 use nix::sys::socket::{SockaddrIn, bind, setsockopt, sockopt};
@@ -29,12 +31,26 @@ const BACKLOG: u32 = 128;
 pub(super) struct View {
     pub(super) names: Names,
     pub(super) proxy: Option<EgressProxy>,
+    pub(super) addresses: Addresses,
+    pub(super) rewrites: Rewrites,
 }
 
 impl View {
     pub(super) fn of(policy: &NetworkPolicy) -> Self {
-        Self { names: Names::of(policy), proxy: policy.egress_proxy.clone() }
+        Self {
+            names: Names::of(policy),
+            proxy: policy.egress_proxy.clone(),
+            addresses: Addresses::of(policy),
+            rewrites: Rewrites::of(policy),
+        }
     }
+}
+
+/// What the services of all slots have in common.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Means<'a> {
+    pub(super) sockets: &'a SocketFactory,
+    pub(super) interception: Option<&'a Interception>,
 }
 
 /// The services of one leased slot; dropping them ends them.
@@ -51,8 +67,9 @@ impl Services {
         policy: &NetworkPolicy,
         upstreams: Arc<Upstreams>,
         own: Option<OwnNames>,
-        sockets: &SocketFactory,
+        means: Means<'_>,
     ) -> io::Result<Self> {
+        let sockets = means.sockets;
         let (view, seen) = watch::channel(View::of(policy));
         let socket = |kind| sockets.socket(slot, kind);
         let (questions, long_questions, connections) =
@@ -66,7 +83,7 @@ impl Services {
             tasks.spawn(front.clone().serve(listener, seen.clone()));
         }
         let responder = Responder(SlotNames { upstreams: Arc::clone(&upstreams), own, view: seen.clone() });
-        let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone() };
+        let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone(), interception: means.interception.cloned() };
         tasks.spawn(responder.clone().serve_udp(questions));
         tasks.spawn(responder.serve_tcp(long_questions));
         tasks.spawn(gate.serve(connections));

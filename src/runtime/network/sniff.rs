@@ -9,26 +9,20 @@ const HEADERS_MAX: usize = 128;
 /// The first byte of a TLS handshake record; no HTTP method begins with it.
 const TLS_HANDSHAKE: u8 = 0x16;
 
-/// What was read, and the name in it, in lower case without port and final dot.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Head {
-    pub(super) bytes: Vec<u8>,
-    /// `None` when it names nobody or is neither TLS nor HTTP/1.
-    pub(super) name: Option<String>,
-}
-
-/// Reads until the name is known, or it is clear that none will come. Waits as long as the client does.
-pub(super) async fn read_head(client: &mut (impl AsyncRead + Unpin)) -> io::Result<Head> {
-    let mut bytes = Vec::with_capacity(2048);
+/// Reads into `bytes` until the name in them is known (in lower case without port and final dot), or it is clear that
+/// none will come: it names nobody or is neither TLS nor HTTP/1. Waits as long as the client does.
+///
+/// Cancel-safe: what was read is in `bytes`.
+pub(super) async fn read_name(client: &mut (impl AsyncRead + Unpin), bytes: &mut Vec<u8>) -> io::Result<Option<String>> {
     loop {
-        if client.read_buf(&mut bytes).await? == 0 {
-            return Ok(Head { bytes, name: None });
+        if client.read_buf(bytes).await? == 0 {
+            return Ok(None);
         }
-        if let Search::Over(name) = search(&bytes) {
-            return Ok(Head { bytes, name });
+        if let Search::Over(name) = search(bytes) {
+            return Ok(name);
         }
         if bytes.len() > HEAD_BYTES_MAX {
-            return Ok(Head { bytes, name: None });
+            return Ok(None);
         }
     }
 }
@@ -126,8 +120,9 @@ mod tests {
         let hello = client_hello("a.example");
         let sent = hello.clone();
         let sender = tokio::spawn(async move { tokio::io::AsyncWriteExt::write_all(&mut far, &sent).await });
-        let head = read_head(&mut near).await.unwrap();
+        let mut bytes = Vec::new();
+        let name = read_name(&mut near, &mut bytes).await.unwrap();
         sender.await.unwrap().unwrap();
-        assert_eq!((head.name.as_deref(), head.bytes), (Some("a.example"), hello));
+        assert_eq!((name.as_deref(), bytes), (Some("a.example"), hello));
     }
 }

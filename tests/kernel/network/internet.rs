@@ -1,14 +1,22 @@
 //! Services of the internet that tests make themselves: names, and a SOCKS5 proxy.
 
-use super::world::{EIGHT, HOST, LAN_MACHINE, NINE, ONE};
+use super::world::{EIGHT, HOST, LAN_MACHINE, NINE, ONE, SECURE};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 
 /// Where the proxy is.
 pub(crate) const PROXY: &str = "proxy.example:1080";
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-const NAMES: [(&str, Ipv4Addr); 5] =
-    [("one.example", ONE), ("nine.example", NINE), ("proxy.example", GATEWAY), ("lan.example", LAN_MACHINE), ("host.example", HOST)];
+const NAMES: [(&str, Ipv4Addr); 8] = [
+    ("one.example", ONE),
+    ("nine.example", NINE),
+    ("proxy.example", GATEWAY),
+    ("lan.example", LAN_MACHINE),
+    ("host.example", HOST),
+    ("secure.example", SECURE),
+    ("api.secure.example", SECURE),
+    ("impostor.example", SECURE),
+];
 
 /// A question for the IPv4 addresses of a name.
 pub(crate) fn question(name: &str) -> Vec<u8> {

@@ -128,8 +128,11 @@ fn all_tcp_that_may_leave_leaves_through_the_proxy() {
 
 #[test]
 fn a_policy_that_cannot_be_enforced_is_refused_by_the_fields_name() {
-    let header = stillbox::model::HeaderRule { headers: [("a".to_owned(), "b".to_owned())].into() };
-    let policy = NetworkPolicy { rules: [("one.example".to_owned(), header)].into(), ..open() };
-    let error = stillbox::runtime::network::Network::check(&policy).unwrap_err();
-    assert_eq!(error.to_string(), "network.rules is not supported by this server");
+    in_own_world(async |world| {
+        let network = world.network("aaaaa").await;
+        let header = stillbox::model::HeaderRule { headers: [("a".to_owned(), "b".to_owned())].into() };
+        let policy = NetworkPolicy { rules: [("one.example".to_owned(), header)].into(), ..open() };
+        let error = network.lease(stillbox::model::SandboxId::random(), &policy).await.unwrap_err();
+        assert_eq!(error.to_string(), "network.rules is not supported by this server");
+    });
 }

@@ -22,6 +22,8 @@ pub(crate) const EIGHT: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 pub(crate) const NINE: Ipv4Addr = Ipv4Addr::new(9, 9, 9, 9);
 pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub(crate) const LAN_MACHINE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 5);
+/// A machine that serves nothing until a test does so in its name.
+pub(crate) const SECURE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 7);
 const PATIENCE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(5);
 
@@ -60,11 +62,12 @@ impl World {
                 ip(&format!("link add wan type veth peer name wan netns {host}"));
                 ip("addr add 198.51.100.1/24 dev wan");
                 ip("link set wan up");
+                ip(&format!("addr add {SECURE}/32 dev lo"));
                 for address in [ONE, EIGHT, NINE, METADATA, LAN_MACHINE] {
                     ip(&format!("addr add {address}/32 dev lo"));
+                    serve(&format!("{address}:80"));
+                    serve(&format!("{address}:443"));
                 }
-                serve("0.0.0.0:80");
-                serve("0.0.0.0:443");
                 internet::serve_names();
                 internet::serve_socks();
                 Ok(())
@@ -76,6 +79,11 @@ impl World {
         ip("route add default via 198.51.100.1");
         ip(&format!("route add {LAN_MACHINE} via 198.51.100.1"));
         Self { folder }
+    }
+
+    /// Where the rest of the world is.
+    pub(crate) fn internet(&self) -> Netns {
+        Netns::open(&self.folder.path().join("internet")).unwrap()
     }
 
     /// A data folder by name; the same name is the same folder.

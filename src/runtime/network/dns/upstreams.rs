@@ -3,8 +3,8 @@
 //! A machine whose names our own resolver (resolver.rs) answers names it in /etc/resolv.conf, between two marks, or in
 //! systemd-resolved's settings. Neither is asked here: we would ask ourselves.
 
-use super::UDP_BYTES_MAX;
 use super::super::resolver::{BLOCK_BEGIN, BLOCK_END};
+use super::UDP_BYTES_MAX;
 use super::message::{self, HEADER_BYTES};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -1,9 +1,10 @@
 //! Golden rule sets beside this file, one object per line, and the arithmetic of blocks.
 
 use super::*;
-use crate::model::EgressProxy;
+use crate::model::{EgressProxy, HeaderRule};
 use crate::runtime::network::inner::SLOT_INNER_LINK;
 use nftables::schema::Nftables;
+use std::collections::BTreeMap;
 
 fn instance() -> InstanceId {
     "abcde".parse().unwrap()
@@ -66,6 +67,34 @@ fn a_policy_with_a_proxy_is_as_written_down() {
     let egress_proxy = Some(EgressProxy { address: "proxy.example:1080".to_owned(), username: None, password: None });
     let policy = NetworkPolicy { egress_proxy, ..policy(&[], &["9.9.9.9"]) };
     assert_golden("proxy.json", include_str!("proxy.json"), &policy_transaction(instance(), &policy).into_ruleset());
+}
+
+#[test]
+fn a_policy_that_changes_requests_leads_what_names_its_destination_through_the_gate() {
+    let rule = HeaderRule { headers: [("x-token".to_owned(), "s".to_owned())].into() };
+    let policy = NetworkPolicy { rules: [("api.example.com".to_owned(), rule)].into(), ..policy(&[], &["9.9.9.9"]) };
+    let redirects = |policy: &NetworkPolicy| {
+        let ruleset = serde_json::to_value(policy_transaction(instance(), policy).into_ruleset()).unwrap();
+        let ruleset = ruleset["nftables"].as_array().unwrap().clone();
+        ruleset.into_iter().map(|rule| rule.to_string()).filter(|rule| rule.contains("redirect\"")).collect::<Vec<_>>()
+    };
+    let led = redirects(&policy);
+    assert!(led.len() == 2 && led.iter().all(|rule| rule.contains("443") && rule.contains("15443")), "{led:?}");
+    assert!(!led.join("").contains("9.9.9.9") && led[1].contains("@denied"), "what is denied is left to be refused");
+    assert!(redirects(&NetworkPolicy { rules: BTreeMap::new(), ..policy }).is_empty());
+}
+
+#[test]
+fn addresses_are_admitted_as_the_kernel_admits_them() {
+    let admitted = |allow: &[&str], deny: &[&str]| {
+        let addresses = Addresses::of(&policy(allow, deny));
+        ["1.1.1.1", "9.9.9.9", "8.8.8.8"].map(|address| addresses.admit(address.parse().unwrap()))
+    };
+    assert_eq!(admitted(&[], &[]), [true, true, true]);
+    assert_eq!(admitted(&[], &["9.9.9.0/24"]), [true, false, true]);
+    assert_eq!(admitted(&["9.9.9.9"], &["9.9.9.0/24", "8.0.0.0/8"]), [true, true, false]);
+    assert_eq!(admitted(&["1.1.1.1", "a.com"], &["0.0.0.0/0"]), [true, false, false]);
+    assert_eq!(admitted(&["0.0.0.0/0"], &["9.9.9.9"]), [true, true, true]);
 }
 
 #[test]
