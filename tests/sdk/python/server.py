@@ -1,6 +1,7 @@
 """A real `stillbox serve` with a data folder and ports of its own, and the means to kill it and start it again."""
 
 import atexit
+import json
 import os
 import pathlib
 import re
@@ -85,12 +86,17 @@ class Server:
             verbs = [["import", archive]] if archive else [["build", name] for name in self.templates]
             for verb in verbs:
                 subprocess.run([BINARY, f"--data-dir={Server.template_dir}", "template", *verb], check=True, env=ENVIRONMENT)
-        subprocess.run(["cp", "-al", str(Server.template_dir / "layers"), str(self.data_dir / "layers")], check=True)
-        (self.data_dir / "templates").mkdir(mode=0o700)
+        for folder in ("layers", "templates"):
+            (self.data_dir / folder).mkdir(mode=0o700)
+        layers = set()
         for manifest in (Server.template_dir / "templates").glob("*.json"):
             # `base-<hash>.json`
             if manifest.stem.rpartition("-")[0] in self.templates:
                 shutil.copy(manifest, self.data_dir / "templates")
+                layers.update(json.loads(manifest.read_text())["layers"])
+        # A layer has tens of thousands of files: only what is asked for.
+        for layer in layers:
+            subprocess.run(["cp", "-al", str(Server.template_dir / "layers" / layer), str(self.data_dir / "layers")], check=True)
 
     def log(self):
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
@@ -141,7 +147,7 @@ class Server:
                 mount_point = line.split()[4]
                 if mount_point.startswith(str(self.data_dir)):
                     subprocess.run(["umount", mount_point], check=False, stderr=subprocess.DEVNULL)
-            shutil.rmtree(self.data_dir, ignore_errors=True)
+            remove_in_background(self.data_dir)
 
     def leftovers(self):
         """What the kernel and the disk hold under this instance's name, apart from the server's own."""
@@ -161,6 +167,11 @@ class Server:
         for folder in (self.data_dir / "sandboxes").glob("*"):
             found.append(f"folder {folder}")
         return found
+
+
+def remove_in_background(folder):
+    """Tens of thousands of links: the next test need not wait for them, only the end of the run does."""
+    atexit.register(subprocess.Popen(["rm", "-rf", folder]).wait)
 
 
 def is_sandbox(name):

@@ -1,0 +1,75 @@
+"""The internet of a test's world (world.py), a program in a network namespace of its own: a name server, and a web server
+that says who asked it for what."""
+
+import http.server
+import socket
+import struct
+import subprocess
+import threading
+
+GATEWAY, RESOLVER, WEB = "198.51.100.1", "8.8.8.8", "93.184.216.34"
+HERE = "127.0.0.1"
+# `.name` is everything below it: what an own resolver for the clouds' names says.
+NAMES = {"www.internet.example": WEB, ".vms.hopx.dev": HERE, ".sandbox.novita.ai": HERE}
+A, IN, NO_SUCH_NAME = 1, 1, 3
+
+
+def address_of(name):
+    return next((address for known, address in NAMES.items() if name == known or known.startswith(".") and name.endswith(known)), None)
+
+
+def answer_to(question):
+    """One A record, or an empty answer, or that there is no such name."""
+    labels, at = [], 12
+    while length := question[at]:
+        labels.append(question[at + 1 : at + 1 + length].decode().lower())
+        at += 1 + length
+    kind, _ = struct.unpack("!HH", question[at + 1 : at + 5])
+    address = address_of(".".join(labels))
+    records = 1 if address and kind == A else 0
+    flags = 0x8180 | (0 if address else NO_SUCH_NAME)
+    head = question[:2] + struct.pack("!HHHHH", flags, 1, records, 0, 0)
+    body = question[12 : at + 5]
+    record = struct.pack("!HHHIH", 0xC00C, A, IN, 60, 4) + socket.inet_aton(address) if records else b""
+    return head + body + record
+
+
+def serve_names():
+    listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    listener.bind((RESOLVER, 53))
+    while True:
+        question, asker = listener.recvfrom(512)
+        listener.sendto(answer_to(question), asker)
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = f"{self.headers['host']} {self.path} for {self.client_address[0]}\n".encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def main():
+    print("started", flush=True)
+    assert input() == "linked"
+    for command in (
+        "link set lo up",
+        f"address add {GATEWAY}/24 dev wan",
+        "link set wan up",
+        f"address add {RESOLVER}/32 dev lo",
+        f"address add {WEB}/32 dev lo",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
+    threading.Thread(target=serve_names, daemon=True).start()
+    web = http.server.ThreadingHTTPServer((WEB, 80), Web)
+    print("ready", flush=True)
+    web.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
