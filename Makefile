@@ -31,7 +31,7 @@ build: setup criu ## target/release/stillbox, one file
 test: setup-test build ## everything but the emulated machine: rules, wire, kernel, SDKs
 	@scripts/test.sh
 
-test-dialects: setup-test build ## every version of Novita's SDKs, Python and JavaScript
+test-dialects: setup-test build ## every version of Novita's and HopX's SDKs, and s3fs
 	@tests/sdk/run --dialects
 
 vm-test: setup-test build ## the same binary on Debian's 6.1 kernel with cgroup v2, in an emulated machine

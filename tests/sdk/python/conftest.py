@@ -34,6 +34,7 @@ socket.getaddrinfo = _resolve_localhost
 def pytest_addoption(parser):
     parser.addoption("--js", default=None, help="folder with node_modules/e2b")
     parser.addoption("--novita-js", action="append", default=[], help="folder with node_modules/novita-sandbox")
+    parser.addoption("--s3", default=None, help="moto_server, for the tests that mount a bucket")
 
 
 @pytest.fixture(scope="session", autouse=True)

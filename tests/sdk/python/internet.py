@@ -1,16 +1,24 @@
-"""The internet of a test's world (world.py), a program in a network namespace of its own: a name server, and a web server
-that says who asked it for what."""
+"""The internet of a test's world (world.py), a program in a network namespace of its own: a name server, a web server that
+says who asked it for what, and the real hosts that are let in, each at an address of its own.
+
+usage: internet.py RELAY [REAL_HOST…]
+"""
 
 import http.server
 import socket
 import struct
 import subprocess
+import sys
 import threading
 
+from world import splice
+
 GATEWAY, RESOLVER, WEB = "198.51.100.1", "8.8.8.8", "93.184.216.34"
+# Free for what a test starts in here itself.
+SPARE, SPARE_NAME = "93.184.216.40", "spare.internet.example"
 HERE = "127.0.0.1"
 # `.name` is everything below it: what an own resolver for the clouds' names says.
-NAMES = {"www.internet.example": WEB, ".vms.hopx.dev": HERE, ".sandbox.novita.ai": HERE}
+NAMES = {"www.internet.example": WEB, SPARE_NAME: SPARE, ".vms.hopx.dev": HERE, ".sandbox.novita.ai": HERE}
 A, IN, NO_SUCH_NAME = 1, 1, 3
 
 
@@ -54,17 +62,32 @@ class Web(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def let_in(relay, host, address, port):
+    """What is asked of `address` is asked of the real host."""
+
+    def serve(connection):
+        with connection, socket.socket(socket.AF_UNIX) as outside:
+            outside.connect(relay)
+            outside.sendall(f"{host} {port}\n".encode())
+            splice(connection, outside)
+
+    listener = socket.create_server((address, port))
+    while True:
+        threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
+
+
 def main():
     print("started", flush=True)
     assert input() == "linked"
-    for command in (
-        "link set lo up",
-        f"address add {GATEWAY}/24 dev wan",
-        "link set wan up",
-        f"address add {RESOLVER}/32 dev lo",
-        f"address add {WEB}/32 dev lo",
-    ):
+    relay, *hosts = sys.argv[1:]
+    real = {host: f"93.184.216.{100 + number}" for number, host in enumerate(hosts)}
+    addresses = [RESOLVER, WEB, SPARE, *real.values()]
+    for command in ("link set lo up", f"address add {GATEWAY}/24 dev wan", "link set wan up", *(f"address add {address}/32 dev lo" for address in addresses)):
         subprocess.run(["ip", *command.split()], check=True)
+    NAMES.update(real)
+    for host, address in real.items():
+        for port in (80, 443):
+            threading.Thread(target=let_in, args=(relay, host, address, port), daemon=True).start()
     threading.Thread(target=serve_names, daemon=True).start()
     web = http.server.ThreadingHTTPServer((WEB, 80), Web)
     print("ready", flush=True)

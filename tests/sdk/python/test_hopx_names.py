@@ -59,7 +59,7 @@ await sandbox.files.write('/workspace/note', 'from JavaScript')
 await sandbox.pause()
 const same = await Sandbox.connect(sandbox.sandboxId)
 console.log(await same.files.read('/workspace/note'))
-for await (const message of same.runCodeStream('print("streamed")')) if (message.type === 'stdout') console.log(message.data.trim())
+for await (const message of same.runCodeStream('print("streamed")')) if (message.type === 'stdout') process.stdout.write(message.data)
 await same.kill()
 '''
 

@@ -1,38 +1,13 @@
 """Templates from images: a registry on a port of its own, archives, Dockerfiles by the command line."""
 
-import gzip
-import hashlib
-import io
-import json
 import pathlib
 import subprocess
-import tarfile
-import time
-import urllib.error
-import urllib.request
 
 import pytest
+from registry import Registry, tar_of, write_layout
 from server import free_port
 
 LIBRARIES = ("/lib64/ld-linux-x86-64.so.2",)
-
-
-def tar_of(*entries):
-    """A layer: (path, content or None for a folder or "-> target", mode)."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for path, content, mode in entries:
-            info = tarfile.TarInfo(path)
-            info.mode = mode
-            if content is None:
-                info.type = tarfile.DIRTYPE
-            elif isinstance(content, str) and content.startswith("-> "):
-                info.type, info.linkname = tarfile.SYMTYPE, content[3:]
-            else:
-                content = content.encode() if isinstance(content, str) else content
-                info.size = len(content)
-            tar.addfile(info, io.BytesIO(content) if info.isreg() else None)
-    return buffer.getvalue()
 
 
 def small_system():
@@ -54,74 +29,11 @@ def small_system():
     )
 
 
-def write_layout(folder, layers):
-    """An OCI layout with one image, `team/small:v1`."""
-    blobs = folder / "blobs" / "sha256"
-    blobs.mkdir(parents=True)
-
-    def blob(content, kind):
-        digest = hashlib.sha256(content).hexdigest()
-        (blobs / digest).write_bytes(content)
-        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(content)}
-
-    diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
-    config = {
-        "os": "linux",
-        "architecture": "amd64",
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
-        "config": {"Env": ["PATH=/bin:/usr/bin", "GREETING=hello from the image"]},
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": blob(json.dumps(config).encode(), "config.v1+json"),
-        "layers": [blob(gzip.compress(layer, 1), "layer.v1.tar+gzip") for layer in layers],
-    }
-    described = blob(json.dumps(manifest).encode(), "manifest.v1+json")
-    described["annotations"] = {"org.opencontainers.image.ref.name": "team/small:v1"}
-    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [described]}))
-    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-
-
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image") / "layout"
     write_layout(folder, [small_system(), tar_of(("srv/.wh.gone", "", 0o644), ("srv/new", "new", 0o644))])
     return folder
-
-
-class Registry:
-    """Debian's docker-registry on a port of its own, with the image in it."""
-
-    def __init__(self, folder, layout, auth=None, credentials=()):
-        self.host = f"127.0.0.1:{free_port()}"
-        settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}}, "http": {"addr": self.host}}
-        if auth is not None:
-            (folder / "htpasswd").write_text(auth)
-            settings["auth"] = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
-        (folder / "config.yml").write_text(json.dumps(settings))
-        command = ["docker-registry", "serve", str(folder / "config.yml")]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.wait()
-        target = f"docker://{self.host}/team/small:v1"
-        source = f"oci:{layout}:team/small:v1"
-        subprocess.run(["skopeo", "copy", "-q", "--dest-tls-verify=false", *credentials, source, target], check=True)
-
-    def wait(self):
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                urllib.request.urlopen(f"http://{self.host}/v2/", timeout=5).close()
-                return
-            except urllib.error.HTTPError:
-                return  # it is there, and locked
-            except urllib.error.URLError:
-                assert time.monotonic() < deadline and self.process.poll() is None, "docker-registry does not answer"
-                time.sleep(0.02)
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

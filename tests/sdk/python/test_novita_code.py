@@ -49,7 +49,7 @@ def test_callbacks_are_called_while_the_cell_runs(sandbox):
     code = "import sys, time\nprint('out', flush=True); time.sleep(0.7); print('err', file=sys.stderr); display('shown'); 1 / 0"
     sandbox.run_code(code, on_stdout=told("stdout"), on_stderr=told("stderr"), on_result=told("result"), on_error=told("error"))
     assert [kind for kind, _, _ in seen] == ["stdout", "stderr", "result", "error"]
-    assert (seen[0][1].line, seen[1][1].line, seen[2][1].text, seen[3][1].name) == ("out\n", "err\n", "'shown'", "ZeroDivisionError")
+    assert (seen[0][1].line, seen[1][1].line, seen[2][1].text, seen[3][1].name) == ("out\n", "err\n", "shown", "ZeroDivisionError")
     assert seen[0][2] < 0.6 < seen[1][2], seen
 
 

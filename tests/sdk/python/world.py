@@ -7,8 +7,11 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 
 INTERNET = pathlib.Path(__file__).parent / "internet.py"
 # Which of the internet's addresses are what; internet.py gives them to itself.
@@ -34,8 +37,13 @@ def _run(*command):
 
 
 @contextlib.contextmanager
-def own_world(folder):
-    """Namespaces of the caller's own, with /etc/hosts and /etc/resolv.conf from `folder`, and an internet."""
+def own_world(folder, real_hosts=()):
+    """Namespaces of the caller's own, with /etc/hosts and /etc/resolv.conf from `folder`, and an internet. Of the machine's
+    own network, `real_hosts` alone are part of it."""
+    relay = folder / "relay"
+    if real_hosts:
+        # Its threads stay where they are made: outside.
+        threading.Thread(target=Relay(str(relay), RelayHandler).serve_forever, daemon=True).start()
     folder_before = os.getcwd()
     namespaces = [os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "mnt")]
     _checked(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET), "unshare (these tests need root)")
@@ -46,8 +54,8 @@ def own_world(folder):
             (folder / name).write_text(text)
             _mount(folder / name, os.path.realpath(f"/etc/{name}"), _MS_BIND)
         _run("ip", "link", "set", "lo", "up")
-        with _internet():
-            yield
+        with _internet(relay, real_hosts) as internet:
+            yield internet
     finally:
         for namespace in namespaces:
             _checked(_libc.setns(namespace, 0), "setns")
@@ -55,10 +63,42 @@ def own_world(folder):
         os.chdir(folder_before)
 
 
+class Relay(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+
+class RelayHandler(socketserver.StreamRequestHandler):
+    """`host port` in a line, and from then on what that host and port say."""
+
+    rbufsize = 0
+
+    def handle(self):
+        host, port = self.rfile.readline().split()
+        with socket.create_connection((host.decode(), int(port)), timeout=30) as outside:
+            outside.settimeout(None)
+            splice(self.connection, outside)
+
+
+def splice(one, other):
+    """Both ways, until both are done."""
+
+    def copy(source, target):
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                target.sendall(piece)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    back = threading.Thread(target=copy, args=(other, one), daemon=True)
+    back.start()
+    copy(one, other)
+    back.join()
+
+
 @contextlib.contextmanager
-def _internet():
-    """A network behind a gateway, which knows names and serves HTTP (internet.py)."""
-    process = subprocess.Popen(["unshare", "--net", sys.executable, INTERNET], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _internet(relay, real_hosts):
+    """A network behind a gateway, which knows names and serves HTTP (internet.py); its process."""
+    process = subprocess.Popen(["unshare", "--net", sys.executable, INTERNET, relay, *real_hosts], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "started\n"
         _run("ip", "link", "add", "wan", "type", "veth", "peer", "name", "wan", "netns", str(process.pid))
@@ -68,7 +108,7 @@ def _internet():
         process.stdin.write("linked\n")
         process.stdin.flush()
         assert process.stdout.readline() == "ready\n"
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
