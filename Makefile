@@ -50,6 +50,7 @@ bench: setup-test build ## the numbers of docs/SPECIFICATION.md on this machine
 	@python3 tests/perf/stopped_time.py
 	@python3 tests/perf/interpreter.py
 	@python3 tests/perf/hopx.py
+	@python3 tests/perf/novita.py
 
 soak: setup-test build ## 200 pauses and resumes of one busy sandbox: nothing is lost, nothing grows
 	@tests/perf/soak

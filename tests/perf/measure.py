@@ -44,8 +44,8 @@ class Api:
                     raise
                 self.connection = self._connect()
 
-    def create(self, template="base", timeout=600, **more):
-        status, body = self.call("POST", "/sandboxes", {"templateID": template, "timeout": timeout, "secure": True, **more})
+    def create(self, template="base", timeout=600, headers=None, **more):
+        status, body = self.call("POST", "/sandboxes", {"templateID": template, "timeout": timeout, "secure": True, **more}, headers)
         if status != 201:
             raise RuntimeError(f"create answered {status}: {body[:300]}")
         answer = json.loads(body)
