@@ -147,6 +147,33 @@ impl FromStr for SnapshotId {
     }
 }
 
+/// A stored secret: `sec_` and 20 of `[a-z0-9]`, E2B's form.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SecretId([u8; 24]);
+
+impl SecretId {
+    /// A new id from the kernel's random generator.
+    pub fn random() -> Self {
+        let mut id = *b"sec_....................";
+        id[4..].copy_from_slice(&random_word::<20>());
+        Self(id)
+    }
+
+    /// The id as it stands in URLs and rows.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).expect("a secret's id is ASCII by construction")
+    }
+}
+
+impl FromStr for SecretId {
+    type Err = ParseIdError;
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        let wrong = || ParseIdError::new("secret id", text, "'sec_' and 20 characters of a-z and 0-9");
+        let bytes: [u8; 24] = text.as_bytes().try_into().map_err(|_| wrong())?;
+        text.strip_prefix("sec_").is_some_and(is_word).then_some(Self(bytes)).ok_or_else(wrong)
+    }
+}
+
 /// One data folder's mark, 5 of `[a-z0-9]`, in the name of everything that outlives a process: cgroups, nft tables,
 /// links, netns pins. Several servers on one machine are told apart by it.
 ///
@@ -184,7 +211,7 @@ macro_rules! text_of_word {
         }
     )*};
 }
-text_of_word!(SandboxId, TemplateId, SnapshotId, InstanceId);
+text_of_word!(SecretId, SandboxId, TemplateId, SnapshotId, InstanceId);
 
 macro_rules! id_everywhere {
     ($($id:ident),*) => {$(
@@ -206,7 +233,7 @@ macro_rules! id_everywhere {
         }
     )*};
 }
-id_everywhere!(SandboxId, TemplateId, BuildId, SnapshotId, InstanceId);
+id_everywhere!(SecretId, SandboxId, TemplateId, BuildId, SnapshotId, InstanceId);
 
 #[cfg(test)]
 mod tests {
@@ -222,6 +249,8 @@ mod tests {
         let id = SnapshotId::random();
         assert_eq!(id.to_string().parse(), Ok(id));
         let id = InstanceId::random();
+        assert_eq!(id.to_string().parse(), Ok(id));
+        let id = SecretId::random();
         assert_eq!(id.to_string().parse(), Ok(id));
         let id = BuildId::random();
         assert_eq!(id.to_string().parse(), Ok(id));

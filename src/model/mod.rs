@@ -5,16 +5,18 @@
 mod ids;
 mod network;
 mod record;
+mod secret;
 mod size;
 mod spec;
 mod state;
 
-pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SnapshotId, TemplateId};
+pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SecretId, SnapshotId, TemplateId};
 pub use network::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, ParseTargetError, PublicTraffic};
 pub use record::{
     BuildFailure, BuildRecord, BuildSource, BuildState, DumpKey, EndReason, EventKind, EventRecord, Fit, KernelRef, LogEntry, LogLevel,
     MetricPoint, ProcessRef, SandboxRecord, SnapshotRecord, TemplateRecord,
 };
+pub use secret::SecretRecord;
 pub use size::{ByteSize, ParseSizeError};
 pub use spec::{AutoResume, Keep, Lifecycle, OnTimeout, Resources, SandboxSpec, Secure};
 pub use state::SandboxState;

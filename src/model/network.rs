@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 /// Whether user ports answer without the traffic token.
@@ -138,6 +138,15 @@ pub struct NetworkPolicy {
     pub egress_proxy: Option<EgressProxy>,
     /// Header rules by domain: exact names, and `*.` for all below. Lower case.
     pub rules: BTreeMap<String, HeaderRule>,
+    /// Stored secrets, by name, whose placeholders are replaced on the way to their hosts.
+    #[serde(default)]
+    pub secrets: Vec<String>,
+    /// Name servers that may be asked where names are allowed; `None`: the usual one, whose questions the slot answers.
+    #[serde(default)]
+    pub dns_servers: Option<Vec<Ipv4Addr>>,
+    /// Ports inside that serve HTTPS by themselves. Not part of the egress half.
+    #[serde(default)]
+    pub https_ports: Vec<u16>,
     /// Whether user ports need the traffic token.
     pub public_traffic: PublicTraffic,
     /// Host header for proxied user ports, with `${PORT}`.
@@ -152,7 +161,7 @@ impl NetworkPolicy {
 
     /// Whether requests may be changed on their way out.
     pub fn changes_requests(&self) -> bool {
-        self.rules.values().any(|rule| !rule.headers.is_empty())
+        !self.secrets.is_empty() || self.rules.values().any(|rule| !rule.headers.is_empty())
     }
 
     /// Whether the default for destinations that no rule names is "denied".

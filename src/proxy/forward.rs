@@ -7,6 +7,7 @@
 use super::Door;
 use super::address::{ENVD_PORT, Target};
 use super::hopx;
+use super::inner_tls;
 use super::pool::{Connection, Key, Pool};
 use super::refusal::Refusal;
 use super::splice::splice;
@@ -200,6 +201,11 @@ async fn dial_patiently(door: &Arc<dyn Door>, port: u16) -> Option<Connection> {
 
 async fn dial_once(door: &Arc<dyn Door>, port: u16) -> io::Result<Connection> {
     let stream: TcpStream = tokio::time::timeout(DIAL_MAX, door.dial(port)).await??;
+    stream.set_nodelay(true)?;
+    if door.spec().network.https_ports.contains(&port) {
+        let encrypted = tokio::time::timeout(DIAL_MAX, inner_tls::connect(stream)).await??;
+        return Connection::open(encrypted, Arc::clone(door)).await;
+    }
     Connection::open(stream, Arc::clone(door)).await
 }
 

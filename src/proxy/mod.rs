@@ -9,6 +9,7 @@ mod address;
 mod forward;
 mod hold;
 mod hopx;
+mod inner_tls;
 mod pool;
 mod refusal;
 mod serve;

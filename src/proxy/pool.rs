@@ -13,6 +13,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::AbortHandle;
 
 /// Which port of which sandbox.
@@ -35,8 +36,7 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Speaks HTTP/1.1 over a dialled stream, until `door` is cut.
-    pub(super) async fn open(stream: tokio::net::TcpStream, door: Arc<dyn Door>) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
+    pub(super) async fn open(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, door: Arc<dyn Door>) -> io::Result<Self> {
         let handshake = http1::Builder::new().preserve_header_case(true).handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(io::Error::other)?;
         let severed = Arc::new(AtomicBool::new(false));

@@ -31,7 +31,7 @@ use super::uids::UidPool;
 use super::{
     DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
 };
-use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord};
 use crate::runtime::helper::warm::WarmHelpers;
 use live::Live;
 use roots::Roots;
@@ -209,6 +209,10 @@ impl Runtime for Kernel {
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError> {
         let slot = self.live(id)?.kernel.slot;
         self.0.network.set_policy(slot, policy).await.map_err(|error| network_error(id, error))
+    }
+
+    fn set_secrets(&self, secrets: Vec<SecretRecord>) {
+        self.0.network.set_secrets(secrets);
     }
 
     async fn set_memory(&self, id: SandboxId, memory: ByteSize) -> Result<(), RuntimeError> {

@@ -23,7 +23,7 @@ pub mod uids;
 
 pub use restored::Restored;
 
-use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId, SecretRecord};
 use std::path::PathBuf;
 
 /// Deleted files up to this size travel in a dump; the pre-dump check refuses larger ones by name.
@@ -280,6 +280,9 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// Replaces the egress rules of its slot; new connections see them at once.
     async fn set_network(&self, id: SandboxId, policy: &NetworkPolicy) -> Result<(), RuntimeError>;
+
+    /// Tells what secrets there are from now on, for policies that name some; requests that begin later carry these.
+    fn set_secrets(&self, _secrets: Vec<SecretRecord>) {}
 
     /// Changes the memory limit of a running one. A limit below what it uses is refused by the kernel.
     async fn set_memory(&self, id: SandboxId, memory: ByteSize) -> Result<(), RuntimeError>;

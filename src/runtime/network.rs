@@ -39,13 +39,14 @@ pub use front::Front;
 pub use inner::InnerNetwork;
 pub use intercept::Interception;
 
-use crate::model::{InstanceId, NetworkPolicy, SandboxId};
+use crate::model::{InstanceId, NetworkPolicy, SandboxId, SecretRecord};
 use crate::sys::netns::{Netns, SocketFactory, SocketKind};
 use dns::Upstreams;
 use front::OwnNames;
 use host::{Host, Leftovers};
 use pool::{Lent, Pool, Taken};
 use record::Record;
+use rewrite::Secrets;
 use services::{Means, Services, View};
 use slot::{Slot, SlotPlan};
 use std::io;
@@ -55,6 +56,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::join;
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::watch;
 use tracing::warn;
 
 /// How many times `pool_slots` may lie ready when many are given back at once: recycling is cheaper than making.
@@ -192,6 +194,7 @@ struct Shared {
     links: rtnetlink::Handle,
     sockets: SocketFactory,
     upstreams: Arc<Upstreams>,
+    secrets: watch::Sender<Arc<Secrets>>,
     pool: Pool,
 }
 
@@ -221,7 +224,7 @@ impl Network {
         let plan = SlotPlan { instance, home, pins, addresses, inner, gateway, mtu, private_exceptions, front_port };
         let upstreams = Arc::new(Upstreams::new(config.dns_upstreams.clone()));
         let pool = Pool::new(config.slots_max.min(host.addresses.slots()), found);
-        let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, pool });
+        let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, secrets: watch::Sender::default(), pool });
         shared.pool.spawn(Arc::clone(&shared).keep_filled());
         shared.pool.spawn(Arc::clone(&shared).keep_mended());
         Ok(Self { shared })
@@ -284,6 +287,11 @@ impl Network {
         })
         .await
         .map_err(step("replacing a sandbox's egress rules"))
+    }
+
+    /// Replaces all stored secrets; requests that begin later carry these.
+    pub fn set_secrets(&self, secrets: Vec<SecretRecord>) {
+        self.shared.secrets.send_replace(Arc::new(Secrets::of(secrets)));
     }
 
     /// Connects to a port on 127.0.0.1, else ::1, in a sandbox's own netns. One attempt; needs no slot. Cancel-safe.
@@ -411,7 +419,7 @@ impl Shared {
 
     async fn serve(&self, slot: &Slot, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
         let own = self.config.front.clone().map(|front| OwnNames { front, gateway: INNER_GATEWAY });
-        let means = Means { sockets: &self.sockets, interception: self.config.interception.as_ref() };
+        let means = Means { sockets: &self.sockets, interception: self.config.interception.as_ref(), secrets: &self.secrets };
         let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), own, means);
         started.await.map_err(step("starting a network slot's services"))
     }

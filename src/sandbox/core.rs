@@ -33,6 +33,8 @@ pub(super) struct Core {
     pub(super) timers: Timers,
     handles: RwLock<HashMap<SandboxId, Handle>>,
     pub(super) ready_states: Attempts,
+    /// Held by who changes secrets, until the runtime was told.
+    pub(super) telling_secrets: Arc<tokio::sync::Mutex<()>>,
     tasks: Mutex<tokio::task::JoinSet<()>>,
     closing: AtomicBool,
     /// Read by every create until its caller was answered; written by a close, which so waits for them.
@@ -94,6 +96,7 @@ impl Core {
             timers: Timers::default(),
             handles: RwLock::default(),
             ready_states: Attempts::default(),
+            telling_secrets: Arc::default(),
             tasks: Mutex::default(),
             closing: AtomicBool::new(false),
             creates: Arc::default(),

@@ -37,7 +37,13 @@ impl Driver {
     /// never told to be gone. After a crash it is the next server that sees to it, when it takes the sandbox over.
     pub(super) async fn set_network(&mut self, asked: NetworkPolicy) -> Result<(), NetworkError> {
         let now = &self.record.spec.network;
-        let policy = NetworkPolicy { public_traffic: now.public_traffic, mask_request_host: now.mask_request_host.clone(), ..asked };
+        let policy = NetworkPolicy {
+            public_traffic: now.public_traffic,
+            mask_request_host: now.mask_request_host.clone(),
+            secrets: now.secrets.clone(),
+            https_ports: now.https_ports.clone(),
+            ..asked
+        };
         let (runtime, id) = (std::sync::Arc::clone(&self.core.runtime), self.id);
         let applied = self.serve_during(runtime.set_network(id, &policy)).await;
         applied.map_err(|error| NetworkError::Apply { id, source: Box::new(error) })?;

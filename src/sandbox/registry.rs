@@ -21,14 +21,15 @@ use super::recover::{self, OpenError};
 use super::reset::{self, AfterReset, ResetError};
 use super::resume::{ConnectError, Connected, ResumeAsk};
 use super::route::{self, Route, RouteError};
+use super::secrets::{NewSecret, SecretContent, SecretError};
 use super::snapshot::{self, SnapshotInfo, SnapshotPage, SnapshotQuery};
 use super::timeout::{NewEnd, TimeoutError};
 use super::tokens::{InstallKey, TokenKind};
 use super::workshop::{Workshop, WorkshopError, WorkshopRequest};
-use super::{housekeeping, timers};
+use super::{housekeeping, secrets, timers};
 use crate::model::{
     BuildId, BuildRecord, ByteSize, EndReason, EventKind, Keep, LogEntry, MetricPoint, NetworkPolicy, OnTimeout, SandboxId, SandboxRecord,
-    SandboxSpec, SandboxState,
+    SandboxSpec, SandboxState, SecretRecord,
 };
 use crate::runtime::{Finding, Runtime};
 use crate::store::Store;
@@ -88,6 +89,8 @@ impl Registry {
         let core = Arc::new(Core::new(config, key, store, runtime, seams));
         // Before recovery starts drivers, so that a failure in the middle stops them.
         let tasks = Arc::new(AbortOnDrop(Arc::clone(&core)));
+        // Before sandboxes of an earlier server go on: what they send may carry one.
+        secrets::publish(&core).await?;
         recover::recover(&core).await?;
         core.spawn(timers::run(Arc::clone(&core)));
         core.spawn(housekeeping::run(Arc::clone(&core)));
@@ -114,6 +117,31 @@ impl Registry {
     /// A sandbox for build steps.
     pub async fn open_workshop(&self, request: WorkshopRequest) -> Result<Workshop, WorkshopError> {
         Workshop::open(&self.core, request).await
+    }
+
+    /// Stores a secret under a name that no other has.
+    pub async fn create_secret(&self, new: NewSecret) -> Result<SecretRecord, SecretError> {
+        secrets::create(&self.core, new).await
+    }
+
+    /// Replaces the value of a secret, by its id or name; requests that begin later carry the new one.
+    pub async fn update_secret(&self, key: &str, content: SecretContent) -> Result<SecretRecord, SecretError> {
+        secrets::update(&self.core, key.to_owned(), content).await
+    }
+
+    /// Removes a secret, by its id or name.
+    pub async fn remove_secret(&self, key: &str) -> Result<SecretRecord, SecretError> {
+        secrets::remove(&self.core, key.to_owned()).await
+    }
+
+    /// A secret by its id or name. Its value is for nobody to be told.
+    pub async fn secret(&self, key: &str) -> Result<SecretRecord, SecretError> {
+        secrets::find(&self.core, key.to_owned()).await
+    }
+
+    /// All secrets, oldest first.
+    pub async fn secrets(&self) -> Result<Vec<SecretRecord>, StoreFailure> {
+        secrets::all(&self.core).await
     }
 
     /// A live sandbox as it is now.

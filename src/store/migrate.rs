@@ -6,8 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Of `stillbox.db`. `truth/schema.sql` is where they lead.
-pub(super) const TRUTH: &[&str] =
-    &[include_str!("truth/0001_first.sql"), include_str!("truth/0002_lists_from_the_index.sql"), include_str!("truth/0003_builds.sql")];
+pub(super) const TRUTH: &[&str] = &[
+    include_str!("truth/0001_first.sql"),
+    include_str!("truth/0002_lists_from_the_index.sql"),
+    include_str!("truth/0003_builds.sql"),
+    include_str!("truth/0004_secrets.sql"),
+];
 /// Of `history.db`. `history/schema.sql` is where they lead.
 pub(super) const HISTORY: &[&str] = &[include_str!("history/0001_first.sql"), include_str!("history/0002_events.sql")];
 

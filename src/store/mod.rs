@@ -19,6 +19,7 @@ pub mod install;
 mod lock;
 mod migrate;
 pub mod sandboxes;
+pub mod secrets;
 pub mod snapshots;
 pub mod templates;
 mod value;

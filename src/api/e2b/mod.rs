@@ -14,6 +14,7 @@ pub(in crate::api) mod network;
 pub(in crate::api) mod new_sandbox;
 pub(in crate::api) mod observe;
 pub(in crate::api) mod sandboxes;
+mod secrets;
 pub(in crate::api) mod snapshots;
 mod teams;
 pub(in crate::api) mod templates;
@@ -64,6 +65,8 @@ fn snapshots_and_templates() -> Router<ApiState> {
         .route("/templates/{id}/tags", get(templates::tags))
         .route("/templates/tags", post(templates::assign_tags).delete(templates::remove_tags))
         .route("/teams", get(teams::all))
+        .route("/secrets", get(secrets::page).post(secrets::create))
+        .route("/secrets/{id}", get(secrets::info).post(secrets::update).delete(secrets::remove))
 }
 
 fn template_builds() -> Router<ApiState> {

@@ -9,9 +9,13 @@ use crate::model::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, PublicT
 use axum::extract::State;
 use http::{HeaderValue, StatusCode};
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 /// Targets of one list. E2B has no limit of its own; each becomes rules in the kernel.
 const TARGETS_MAX: usize = 1000;
+const DNS_SERVERS_MAX: usize = 10;
+const HTTPS_PORTS_MAX: usize = 100;
+const ENVD_PORT: u16 = 49983;
 
 /// `PUT /sandboxes/{id}/network`: replaces all of the egress half; what is left out is cleared.
 pub(super) async fn replace(
@@ -43,8 +47,11 @@ pub(super) fn policy(
         Some(false) if secure == Secure::Token => PublicTraffic::TokenOnly,
         Some(false) => return Err(ApiError::bad_request("network.allowPublicTraffic is false, which needs secure to be true")),
     };
-    let egress = Egress::try_from(network.egress)?.policy(allow_internet_access)?;
-    Ok(NetworkPolicy { public_traffic, mask_request_host: network.mask_request_host.map(host_mask).transpose()?, ..egress })
+    let mut egress = network.egress;
+    let https_ports = https_ports(egress.https_ports.take().unwrap_or_default())?;
+    let egress = Egress::try_from(egress)?.policy(allow_internet_access)?;
+    let mask_request_host = network.mask_request_host.map(host_mask).transpose()?;
+    Ok(NetworkPolicy { public_traffic, mask_request_host, https_ports, ..egress })
 }
 
 /// The policy as it was set, without its secrets: the egress proxy's password, the values of headers.
@@ -60,6 +67,8 @@ pub(super) fn shown(policy: &NetworkPolicy) -> wire::ShownNetwork {
             .map(|proxy| wire::ShownEgressProxy { address: proxy.address.clone(), username: proxy.username.clone() }),
         mask_request_host: policy.mask_request_host.clone(),
         rules: header_rules::shown(&policy.rules),
+        dns_servers: policy.dns_servers.clone(),
+        https_ports: policy.https_ports.clone(),
     }
 }
 
@@ -69,6 +78,7 @@ struct Egress {
     deny_out: Vec<EgressTarget>,
     proxy: Option<EgressProxy>,
     rules: BTreeMap<String, HeaderRule>,
+    dns_servers: Option<Vec<Ipv4Addr>>,
 }
 
 impl TryFrom<wire::Egress> for Egress {
@@ -84,7 +94,8 @@ impl TryFrom<wire::Egress> for Egress {
         }
         let proxy = egress.egress_proxy.map(egress_proxy).transpose()?;
         let rules = header_rules::parse(egress.rules.unwrap_or_default())?;
-        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out, proxy, rules })
+        let dns_servers = egress.dns_servers.map(dns_servers).transpose()?;
+        Ok(Self { allow_out: targets("network.allowOut", egress.allow_out)?, deny_out, proxy, rules, dns_servers })
     }
 }
 
@@ -96,6 +107,7 @@ impl Egress {
             deny_out: self.deny_out,
             egress_proxy: self.proxy,
             rules: self.rules,
+            dns_servers: self.dns_servers,
             ..NetworkPolicy::default()
         };
         match policy.allow_out.iter().find(|target| matches!(target, EgressTarget::Domain(_))) {
@@ -109,19 +121,12 @@ impl Egress {
 
 /// Accepting a rule and not applying it would be worse than refusing it.
 fn refuse_unserved(egress: &wire::Egress) -> Result<(), ApiError> {
-    let wants = [
-        (
-            "network.egressProxy.tls",
-            egress.egress_proxy.as_ref().and_then(|proxy| proxy.tls.as_ref()).is_some_and(|tls| tls.enabled == Some(true)),
-        ),
-        ("network.dnsServers", egress.dns_servers.is_some()),
-        ("network.httpsPorts", egress.https_ports.as_ref().is_some_and(|ports| !ports.is_empty())),
-    ];
+    let wants = [(
+        "network.egressProxy.tls",
+        egress.egress_proxy.as_ref().and_then(|proxy| proxy.tls.as_ref()).is_some_and(|tls| tls.enabled == Some(true)),
+    )];
     match wants.into_iter().find(|(_, is_wanted)| *is_wanted) {
-        Some((field, _)) => Err(ApiError::not_served(
-            field,
-            "leave it out; allowOut, denyOut, rules, egressProxy without TLS, allowPublicTraffic and maskRequestHost are",
-        )),
+        Some((field, _)) => Err(ApiError::not_served(field, "leave it out; an egress proxy is spoken to without TLS")),
         None => Ok(()),
     }
 }
@@ -133,6 +138,31 @@ fn targets(field: &str, texts: Option<Vec<String>>) -> Result<Vec<EgressTarget>,
     }
     let parse = |text: &String| text.trim().parse().map_err(|error| ApiError::bad_request(format!("{field}: {error}")));
     texts.iter().map(parse).collect()
+}
+
+fn dns_servers(texts: Vec<String>) -> Result<Vec<Ipv4Addr>, ApiError> {
+    if texts.len() > DNS_SERVERS_MAX {
+        return Err(ApiError::bad_request(format!("network.dnsServers has {} entries; the limit is {DNS_SERVERS_MAX}", texts.len())));
+    }
+    let parse = |text: &String| {
+        let shown: String = text.chars().take(64).collect();
+        text.parse().map_err(|_| ApiError::bad_request(format!("network.dnsServers has '{shown}'; it must be an IPv4 address")))
+    };
+    texts.iter().map(parse).collect()
+}
+
+/// The agent's own port speaks plain HTTP whatever is asked for.
+fn https_ports(ports: Vec<u32>) -> Result<Vec<u16>, ApiError> {
+    if ports.len() > HTTPS_PORTS_MAX {
+        return Err(ApiError::bad_request(format!("network.httpsPorts has {} entries; the limit is {HTTPS_PORTS_MAX}", ports.len())));
+    }
+    let check = |port: u32| match u16::try_from(port) {
+        Ok(port) if port != 0 && port != ENVD_PORT => Ok(port),
+        Ok(_) | Err(_) => Err(ApiError::bad_request(format!(
+            "network.httpsPorts has {port}; it must be a port from 1 to 65535, and not {ENVD_PORT}, which serves no HTTPS"
+        ))),
+    };
+    ports.into_iter().map(check).collect()
 }
 
 /// SOCKS5 gives a user name and a password one byte of length each, and none may be empty (RFC 1929).
@@ -184,6 +214,26 @@ mod tests {
         });
         let policy = parsed(json.clone(), Secure::Token).unwrap();
         assert_eq!(serde_json::to_value(shown(&policy)).unwrap(), json);
+    }
+
+    #[test]
+    fn name_servers_and_https_ports_are_read_checked_and_shown() {
+        let json = serde_json::json!({"allowPublicTraffic": true, "dnsServers": ["1.1.1.1"], "httpsPorts": [3000, 8443]});
+        let policy = parsed(json.clone(), Secure::Token).unwrap();
+        assert_eq!(serde_json::to_value(shown(&policy)).unwrap(), json);
+        let none = parsed(serde_json::json!({"dnsServers": []}), Secure::Token).unwrap();
+        assert_eq!(none.dns_servers, Some(Vec::new()), "none is not the default");
+        for (wrong, what) in [
+            (serde_json::json!({"dnsServers": ["::1"]}), "must be an IPv4 address"),
+            (serde_json::json!({"dnsServers": ["1.1.1.1/32"]}), "must be an IPv4 address"),
+            (serde_json::json!({"dnsServers": vec!["1.1.1.1"; 11]}), "11 entries; the limit is 10"),
+            (serde_json::json!({"httpsPorts": [49983]}), "and not 49983"),
+            (serde_json::json!({"httpsPorts": [0]}), "from 1 to 65535"),
+            (serde_json::json!({"httpsPorts": [65536]}), "from 1 to 65535"),
+        ] {
+            let (code, message) = parsed(wrong, Secure::Token).unwrap_err();
+            assert!(code == 400 && message.contains(what), "{message}");
+        }
     }
 
     #[test]

@@ -13,8 +13,6 @@ pub(super) fn routes() -> Router<ApiState> {
         .route("/volumes", any(volumes))
         .route("/volumes/{id}", any(volumes))
         .route("/volumecontent/{*path}", any(volumes))
-        .route("/secrets", any(secrets))
-        .route("/secrets/{id}", any(secrets))
 }
 
 pub(super) async fn build(request: Request) -> ApiError {
@@ -26,10 +24,6 @@ pub(super) async fn build(request: Request) -> ApiError {
 
 async fn volumes(request: Request) -> ApiError {
     refuse(&request, "this server has no volumes")
-}
-
-async fn secrets(request: Request) -> ApiError {
-    refuse(&request, "this server stores no secrets; pass them as envVars")
 }
 
 fn refuse(request: &Request, what: &str) -> ApiError {

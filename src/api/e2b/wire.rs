@@ -115,6 +115,34 @@ pub(in crate::api) struct NetworkTransform {
     pub(in crate::api) headers: Option<BTreeMap<String, String>>,
 }
 
+/// `POST /secrets`.
+#[derive(Deserialize)]
+pub(in crate::api) struct NewSecret {
+    pub(in crate::api) name: String,
+    pub(in crate::api) value: String,
+    pub(in crate::api) metadata: Option<BTreeMap<String, String>>,
+}
+
+/// `POST /secrets/{id}`.
+#[derive(Deserialize)]
+pub(in crate::api) struct SecretUpdate {
+    pub(in crate::api) value: String,
+    pub(in crate::api) metadata: Option<BTreeMap<String, String>>,
+}
+
+/// A stored secret; the wire has no place for its value.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(in crate::api) struct Secret {
+    #[serde(rename = "secretID")]
+    pub(in crate::api) secret_id: String,
+    pub(in crate::api) name: String,
+    pub(in crate::api) current_version: u32,
+    pub(in crate::api) metadata: BTreeMap<String, String>,
+    pub(in crate::api) created_at: Time,
+    pub(in crate::api) updated_at: Time,
+}
+
 /// The answer to create, connect, resume and, per entry, fork.
 #[derive(Debug, Serialize)]
 pub(in crate::api) struct Sandbox {
@@ -212,6 +240,10 @@ pub(in crate::api) struct ShownNetwork {
     pub(in crate::api) mask_request_host: Option<String>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(in crate::api) rules: BTreeMap<String, Vec<NetworkRule>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(in crate::api) dns_servers: Option<Vec<std::net::Ipv4Addr>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(in crate::api) https_ports: Vec<u16>,
 }
 
 #[derive(Debug, Serialize)]

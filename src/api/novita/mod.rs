@@ -13,6 +13,7 @@ mod lifecycle;
 mod observe;
 mod rules;
 mod sandboxes;
+mod secrets;
 mod unserved;
 mod wire;
 
@@ -44,6 +45,8 @@ pub(super) fn over(state: &ApiState, rest: Router) -> Router {
         .route("/sandboxes/{id}/pause", post(lifecycle::pause))
         .route("/sandboxes/{id}/metrics", get(observe::metrics))
         .route("/v2/templates", get(account::templates))
+        .route("/secrets", get(secrets::all).post(secrets::create))
+        .route("/secrets/{name}", get(secrets::info).put(secrets::replace).delete(secrets::remove))
         // Otherwise `{id}` above would take them.
         .merge(account())
         .route_layer(from_fn_with_state(state.clone(), require_key));

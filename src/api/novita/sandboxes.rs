@@ -9,6 +9,7 @@ use super::super::e2b::sandboxes::{idempotency_key, sandbox};
 use super::super::e2b::wire::Sandbox;
 use super::super::error::ApiError;
 use super::rules::{self, Bounds, DEFAULT_TIMEOUT_S};
+use super::secrets;
 use super::wire;
 use axum::Json;
 use axum::extract::State;
@@ -24,12 +25,15 @@ const NODE: &str = "local";
 pub(super) async fn create(
     State(state): State<ApiState>,
     headers: HeaderMap,
-    Body(new): Body<wire::NewSandbox>,
+    Body(mut new): Body<wire::NewSandbox>,
 ) -> Result<(StatusCode, Json<Sandbox>), ApiError> {
     let key = idempotency_key(&headers)?;
+    let secrets = new.secrets.take().unwrap_or_default();
     let wanted = parse(new, bounds(&state))?;
     let resolved = state.templates.resolve(&wanted.template).await?;
-    let record = state.registry.create(wanted.of(&resolved), key).await?;
+    let mut spec = wanted.of(&resolved);
+    secrets::bind(&state, secrets, &mut spec).await?;
+    let record = state.registry.create(spec, key).await?;
     Ok((StatusCode::CREATED, Json(sandbox(&state, record))))
 }
 
@@ -40,11 +44,6 @@ pub(super) fn bounds(state: &ApiState) -> Bounds<'_> {
 
 fn parse(mut new: wire::NewSandbox, bounds: Bounds<'_>) -> Result<Wanted, ApiError> {
     check_node(new.node_id.as_deref())?;
-    if let Some(name) = new.secrets.as_ref().and_then(|secrets| secrets.keys().next()) {
-        return Err(ApiError::bad_request(format!(
-            "secrets names a stored secret for the variable '{name}'; this server stores none, pass it in envVars"
-        )));
-    }
     let (timeout, metadata) = (new.common.timeout, new.common.metadata.clone().unwrap_or_default());
     new.common.allow_internet_access = new.common.allow_internet_access.or(new.allow_internet_access);
     // Checked by the rules below, with this dialect's bound.

@@ -17,6 +17,47 @@ pub(super) struct NewSandbox {
     pub(super) secrets: Option<BTreeMap<String, String>>,
 }
 
+/// `POST /secrets`.
+#[derive(Deserialize)]
+pub(super) struct NewSecret {
+    pub(super) name: String,
+    #[serde(flatten)]
+    pub(super) content: SecretContent,
+}
+
+/// `PUT /secrets/{name}`.
+#[derive(Deserialize)]
+pub(super) struct SecretContent {
+    pub(super) value: String,
+    pub(super) hosts: Vec<String>,
+    pub(super) description: Option<String>,
+}
+
+/// A stored secret; the wire has no place for its value.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct SecretBinding {
+    pub(super) name: String,
+    pub(super) hosts: Vec<String>,
+    pub(super) placeholder: String,
+    pub(super) has_secret: bool,
+    pub(super) status: &'static str,
+    pub(super) description: Option<String>,
+    pub(super) updated_at: e2b::Time,
+}
+
+/// The answer to `GET /secrets`.
+#[derive(Debug, Serialize)]
+pub(super) struct Secrets {
+    pub(super) secrets: Vec<SecretBinding>,
+}
+
+/// The answer to `DELETE /secrets/{name}`.
+#[derive(Debug, Serialize)]
+pub(super) struct DeletedSecret {
+    pub(super) deleted: String,
+}
+
 /// `POST /sandboxes/{id}/connect` and `/resume`, of all versions.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]

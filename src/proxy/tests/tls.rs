@@ -1,8 +1,9 @@
 //! HTTPS with our own authority.
 
-use super::world::{DOMAIN, World, get_over, mirror, spec, start_with};
+use super::world::{DOMAIN, World, get, get_over, mirror, service, spec, start, start_with};
 use crate::proxy::ProxyConfig;
 use crate::proxy::tls::{Authority, server_config, write_bundle};
+use hyper_util::rt::TokioIo;
 use rustls_pki_types::ServerName;
 use rustls_pki_types::pem::PemObject;
 use std::os::unix::fs::PermissionsExt;
@@ -76,4 +77,32 @@ fn damaged_files_are_named_with_the_way_out() {
     std::fs::write(folder.path().join("tls/ca.key"), "nonsense").unwrap();
     let error = Authority::open(folder.path(), "abcde").unwrap_err().to_string();
     assert!(error.contains("ca.key holds no usable key; remove"), "{error}");
+}
+
+#[tokio::test]
+async fn a_port_that_serves_https_by_itself_is_spoken_to_in_tls_whatever_it_shows() {
+    let folder = tempfile::tempdir().unwrap();
+    let theirs = Arc::new(Authority::open(folder.path(), "abcde").unwrap());
+    let acceptor = tokio_rustls::TlsAcceptor::from(server_config(&theirs, "somebody.else").unwrap());
+    let encrypted = service(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let stream = acceptor.accept(stream).await.unwrap();
+            let answer = hyper::service::service_fn(|_request| async {
+                Ok::<_, std::convert::Infallible>(hyper::Response::new(http_body_util::Full::new(bytes::Bytes::from("encrypted"))))
+            });
+            let _client_went_away = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+        }
+    })
+    .await;
+    let world = World::new();
+    let mut spec = spec();
+    spec.network.https_ports = vec![8443];
+    let id = world.add(spec);
+    world.open_port(id, 8443, encrypted);
+    world.open_port(id, 8000, mirror().await);
+    let server = start(&world).await;
+    let (status, _, body) = get(&server, &format!("8443-{id}.{DOMAIN}"), "/", &[]).await;
+    assert_eq!((status, body.as_str()), (200, "encrypted"));
+    assert_eq!(get(&server, &format!("8000-{id}.{DOMAIN}"), "/", &[]).await.0, 200, "others stay plain");
 }

@@ -59,7 +59,8 @@ pub(super) struct SlotNames {
 
 impl Judge for SlotNames {
     fn judge(&self, name: &str, question: &[u8]) -> Verdict {
-        if !self.view.borrow().names.allow(name) {
+        let refuses = |view: &View| view.is_mute || !view.names.allow(name);
+        if refuses(&self.view.borrow()) {
             return Verdict::Answer(failure(question, REFUSED));
         }
         match &self.own {

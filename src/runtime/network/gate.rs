@@ -8,6 +8,7 @@
 use super::dns::Upstreams;
 use super::intercept::{self, Intercepted, Interception};
 use super::names::Names;
+use super::rewrite::Secrets;
 use super::rules::NAMED_PORTS;
 use super::services::{View, accept_bounded};
 use super::{sniff, socks};
@@ -38,6 +39,7 @@ pub(super) struct Gate {
     pub(super) slot: Netns,
     /// For who may change requests.
     pub(super) interception: Option<Interception>,
+    pub(super) secrets: watch::Receiver<Arc<Secrets>>,
 }
 
 /// Whom a connection is for.
@@ -55,11 +57,11 @@ impl Gate {
 
     async fn pass(self, mut client: TcpStream) -> io::Result<()> {
         client.set_nodelay(true)?;
-        let view = self.view.borrow().clone();
+        let (view, secrets) = (self.view.borrow().clone(), Arc::clone(&self.secrets.borrow()));
         let mut head = Vec::new();
         let opened = async {
             let wanted = original_destination(&client)?;
-            let target = match identify(&view, wanted, &mut client, &mut head).await? {
+            let target = match identify(&view, &secrets, wanted, &mut client, &mut head).await? {
                 Passage::To(target) => target,
                 Passage::Changed(name) => return Ok(Opened::Changed { name, port: wanted.port() }),
             };
@@ -168,7 +170,7 @@ impl View {
 }
 
 /// Whom a connection is for, with what of it was read to find out in `head`; an error when that is not allowed.
-async fn identify(view: &View, wanted: SocketAddrV4, client: &mut TcpStream, head: &mut Vec<u8>) -> io::Result<Passage> {
+async fn identify(view: &View, secrets: &Secrets, wanted: SocketAddrV4, client: &mut TcpStream, head: &mut Vec<u8>) -> io::Result<Passage> {
     let by_address = Passage::To(Target::Address(wanted));
     let passes = view.lets_pass(*wanted.ip());
     if !NAMED_PORTS.contains(&wanted.port()) || (passes && view.rewrites.is_empty()) {
@@ -181,7 +183,7 @@ async fn identify(view: &View, wanted: SocketAddrV4, client: &mut TcpStream, hea
         Err(late) => return Err(late.into()),
     };
     match name {
-        Some(name) if (passes || view.names.allow(&name)) && view.rewrites.concern(&name) => Ok(Passage::Changed(name)),
+        Some(name) if (passes || view.names.allow(&name)) && view.rewrites.concern(&name, secrets) => Ok(Passage::Changed(name)),
         _ if passes => Ok(by_address),
         Some(name) if view.names.allow(&name) => Ok(Passage::To(Target::Name(name, wanted.port()))),
         Some(_) | None => Err(io::Error::new(io::ErrorKind::PermissionDenied, "no allowed name was asked for")),

@@ -230,9 +230,10 @@ impl Exchange {
     fn rewrite(&self, request: &mut Request<Incoming>, protocol: Option<HeaderValue>) -> Result<(), RewriteError> {
         *request.uri_mut() = request.uri().path_and_query().map_or_else(|| Uri::from_static("/"), |path| Uri::from(path.clone()));
         *request.version_mut() = Version::HTTP_11;
+        remove_hop_by_hop(request.headers_mut());
+        let secrets = Arc::clone(&self.gate.secrets.borrow());
+        self.view.rewrites.apply(&self.name, &secrets, request)?;
         let headers = request.headers_mut();
-        remove_hop_by_hop(headers);
-        self.view.rewrites.apply(&self.name, headers)?;
         if let Some(protocol) = protocol {
             headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
             headers.insert(header::UPGRADE, protocol);

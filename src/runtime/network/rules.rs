@@ -266,7 +266,10 @@ pub(super) struct Addresses {
 
 impl Addresses {
     pub(super) fn of(policy: &NetworkPolicy) -> Self {
-        let allowed = blocks(&policy.allow_out);
+        let mut allowed = blocks(&policy.allow_out);
+        if has_domains(policy) {
+            allowed.extend(policy.dns_servers.iter().flatten().map(|server| Block::new(*server, 32)));
+        }
         let denied = blocks(&policy.deny_out);
         let is_everything = |block: &Block| block.prefix == 0;
         let egress = if allowed.iter().any(is_everything) {
@@ -303,7 +306,7 @@ fn fill_policy(table: &mut Transaction, policy: &NetworkPolicy) {
         Egress::OnlyAllowed => table.rule("egress", vec![goto("refuse")]),
     }
     if has_domains(policy) {
-        redirect_named(table);
+        redirect_named(table, policy);
     }
     if policy.egress_proxy.is_some() {
         redirect_allowed(table, egress, || nft::protocol("tcp"));
@@ -316,8 +319,9 @@ fn named_ports() -> Expr {
     nft::any_of(NAMED_PORTS.map(|port| Expr::Number(port.into())))
 }
 
-fn redirect_named(table: &mut Transaction) {
-    for protocol in ["udp", "tcp"] {
+fn redirect_named(table: &mut Transaction, policy: &NetworkPolicy) {
+    let implicit = policy.dns_servers.is_none();
+    for protocol in ["udp", "tcp"].into_iter().filter(|_| implicit) {
         let to_dns = is(nft::port_of(protocol), Expr::Number(DNS_PORT.into()));
         table.rule("redirects", vec![is(destination(), nft::text(IMPLICIT_RESOLVER)), to_dns, nft::redirect_to(DNS_PORT)]);
     }

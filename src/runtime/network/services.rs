@@ -9,8 +9,8 @@ use super::front::OwnNames;
 use super::gate::Gate;
 use super::intercept::Interception;
 use super::names::Names;
-use super::rewrite::Rewrites;
-use super::rules::{Addresses, DNS_PORT, GATE_PORT};
+use super::rewrite::{Rewrites, Secrets};
+use super::rules::{Addresses, DNS_PORT, GATE_PORT, has_domains};
 use crate::model::{EgressProxy, NetworkPolicy};
 use crate::sys::netns::{Netns, SocketFactory, SocketKind};
 use nix::sys::socket::{SockaddrIn, bind, setsockopt, sockopt};
@@ -33,6 +33,8 @@ pub(super) struct View {
     pub(super) proxy: Option<EgressProxy>,
     pub(super) addresses: Addresses,
     pub(super) rewrites: Rewrites,
+    /// Names may be reached and not asked for: the policy allows no name server.
+    pub(super) is_mute: bool,
 }
 
 impl View {
@@ -42,6 +44,7 @@ impl View {
             proxy: policy.egress_proxy.clone(),
             addresses: Addresses::of(policy),
             rewrites: Rewrites::of(policy),
+            is_mute: has_domains(policy) && policy.dns_servers.as_ref().is_some_and(Vec::is_empty),
         }
     }
 }
@@ -51,6 +54,7 @@ impl View {
 pub(super) struct Means<'a> {
     pub(super) sockets: &'a SocketFactory,
     pub(super) interception: Option<&'a Interception>,
+    pub(super) secrets: &'a watch::Sender<Arc<Secrets>>,
 }
 
 /// The services of one leased slot; dropping them ends them.
@@ -83,7 +87,14 @@ impl Services {
             tasks.spawn(front.clone().serve(listener, seen.clone()));
         }
         let responder = Responder(SlotNames { upstreams: Arc::clone(&upstreams), own, view: seen.clone() });
-        let gate = Gate { view: seen, upstreams, sockets: sockets.clone(), slot: slot.clone(), interception: means.interception.cloned() };
+        let gate = Gate {
+            view: seen,
+            upstreams,
+            sockets: sockets.clone(),
+            slot: slot.clone(),
+            interception: means.interception.cloned(),
+            secrets: means.secrets.subscribe(),
+        };
         tasks.spawn(responder.clone().serve_udp(questions));
         tasks.spawn(responder.serve_tcp(long_questions));
         tasks.spawn(gate.serve(connections));

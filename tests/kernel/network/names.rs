@@ -1,7 +1,7 @@
 //! Names, and the gate where names or a proxy decide.
 
 use super::internet::{PROXY, ask_name, ask_name_tcp};
-use super::world::{EIGHT, HOST, NINE, ONE, Sandbox, in_own_world, say};
+use super::world::{EIGHT, HOST, LAN_MACHINE, NINE, ONE, Sandbox, in_own_world, say};
 use super::{no_internet, open, policy};
 use std::io;
 use std::net::Ipv4Addr;
@@ -81,6 +81,31 @@ fn an_allowed_name_is_reached_by_http_and_tls_and_no_other() {
             assert_eq!(sandbox.netns.run(|| ask_name(server, "one.example")).unwrap(), Ok(ONE));
             assert_eq!(sandbox.netns.run(|| ask_name(server, "nine.example")).unwrap(), Err(REFUSED));
         }
+    });
+}
+
+#[test]
+fn name_servers_of_a_policy_of_names_are_reached_and_take_the_usual_ones_place() {
+    in_own_world(async |world| {
+        let network = world.network("aaaaa").await;
+        let own = name_server(&network.resolv_conf());
+        let names =
+            |servers: &[Ipv4Addr]| NetworkPolicy { dns_servers: Some(servers.to_vec()), ..policy(&["one.example"], &["0.0.0.0/0"]) };
+        let sandbox = world.sandbox(&network, &names(&[EIGHT, LAN_MACHINE])).await;
+        let asked = |server: Ipv4Addr, name: &'static str| sandbox.netns.run(|| ask_name(server, name)).ok();
+        assert_eq!(asked(EIGHT, "nine.example"), Some(Ok(NINE)), "it is asked itself, and for anything");
+        assert_eq!(sandbox.ask_port(EIGHT, 80).unwrap(), HOST, "all traffic to it is allowed");
+        assert!(sandbox.ask_port(LAN_MACHINE, 80).is_err(), "and nothing of what the operator keeps out of reach");
+        assert_eq!((asked(own, "one.example"), asked(own, "nine.example")), (Some(Ok(ONE)), Some(Err(REFUSED))));
+
+        network.set_policy(sandbox.lease.slot, &names(&[])).await.unwrap();
+        assert_eq!((asked(own, "one.example"), asked(EIGHT, "one.example")), (Some(Err(REFUSED)), None), "none at all");
+        assert_eq!(tell(&sandbox, NINE, 80, &request("one.example")).unwrap(), format!("{HOST} {ONE}"), "names still lead there");
+        network
+            .set_policy(sandbox.lease.slot, &NetworkPolicy { dns_servers: Some(vec![NINE]), ..policy(&[], &["0.0.0.0/0"]) })
+            .await
+            .unwrap();
+        assert!(sandbox.ask(NINE).is_err(), "without names it says nothing");
     });
 }
 
