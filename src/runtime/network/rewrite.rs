@@ -4,12 +4,15 @@ use super::names::matches;
 use crate::model::{HeaderRule, NetworkPolicy, SecretRecord};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Uri};
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::collections::BTreeMap;
 
 /// Around a stored secret's name in a rule's value, as E2B's SDKs write it.
 const SECRET_BEGIN: &str = "${e2b.secrets.";
 const SECRET_END: char = '}';
+
+/// What a value is written with in a path or query (RFC 3986, 2.3: the rest needs no escape).
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Stored secrets by name.
 #[derive(Debug, Default)]
@@ -123,7 +126,7 @@ fn replace_in_headers(headers: &mut HeaderMap, secret: &SecretRecord) {
 fn replace_in_path(uri: &mut Uri, secret: &SecretRecord) {
     let text = uri.to_string();
     if text.contains(&secret.placeholder) {
-        let value = utf8_percent_encode(&secret.value, NON_ALPHANUMERIC).to_string();
+        let value = utf8_percent_encode(&secret.value, ESCAPED).to_string();
         if let Ok(replaced) = text.replace(&secret.placeholder, &value).parse() {
             *uri = replaced;
         }
@@ -200,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_placeholder_becomes_the_value_for_the_secrets_hosts_and_for_policies_that_name_it() {
-        let secrets = Secrets::of(vec![secret("key", "s/1", &["api.com", "*.wild.com"]), secret("other", "o", &["api.com"])]);
+        let secrets = Secrets::of(vec![secret("key", "s-/1", &["api.com", "*.wild.com"]), secret("other", "o", &["api.com"])]);
         let rewrites = Rewrites::of(&NetworkPolicy { secrets: vec!["key".to_owned(), "gone".to_owned()], ..NetworkPolicy::default() });
         let sent = |name: &str| {
             let request =
@@ -210,7 +213,7 @@ mod tests {
             (request.headers()["authorization"].to_str().unwrap().to_owned(), request.uri().to_string())
         };
         for name in ["api.com", "a.wild.com"] {
-            assert_eq!(sent(name), ("Bearer s/1 placeholder_other".to_owned(), "/p?k=s%2F1".to_owned()), "{name}");
+            assert_eq!(sent(name), ("Bearer s-/1 placeholder_other".to_owned(), "/p?k=s-%2F1".to_owned()), "{name}");
         }
         assert_eq!(sent("wild.com").1, "/p?k=placeholder_key");
         assert!(rewrites.concern("api.com", &secrets) && !rewrites.concern("wild.com", &secrets));
