@@ -6,11 +6,12 @@ use super::DiskSource;
 use super::config::DiskDriver;
 use super::layout::{Layout, SandboxFolder};
 use crate::model::ByteSize;
-use crate::sys::disk::copy_sparse;
+use crate::sys::disk::{Frozen, copy_sparse, sync_filesystem};
 use crate::sys::loop_device;
 use nix::sys::statvfs::statvfs;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -156,6 +157,21 @@ pub fn copy_image(from: &Path, to: &Path) -> Result<(), DiskError> {
 /// No journal: after a crash of the host a sandbox is cold-booted or thrown away, and a journal would double what is
 /// written. No reserved blocks: root inside is not our root. Inode tables are zeroed when first used. No room for
 /// growth, and the maps side by side: every sandbox begins with a copy of this, 0.3 MB instead of 4.4.
+/// Copies the disk of a mounted sandbox as of one moment: who writes to it waits meanwhile.
+pub fn copy_of_mounted(folder: &SandboxFolder, to: &Path) -> Result<(), DiskError> {
+    let mount = folder.disk_mount();
+    let disk = File::open(&mount).map_err(failed("open", &mount))?;
+    let _frozen = Frozen::freeze(disk.as_fd()).map_err(failed("freeze", &mount))?;
+    copy_image(&folder.disk_image(), to)
+}
+
+/// Writes what a mounted disk was told to its image, so that a copy has less to wait for.
+pub fn sync_mounted(folder: &SandboxFolder) -> Result<(), DiskError> {
+    let mount = folder.disk_mount();
+    let synced = File::open(&mount).and_then(|disk| sync_filesystem(disk.as_fd()));
+    synced.map_err(failed("sync", &mount))
+}
+
 fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
     let contents = PathBuf::from(format!("{}.contents", path.display()));
     make_disk_folder_io(&contents).map_err(failed("make", &contents))?;

@@ -3,7 +3,7 @@
 use super::checked;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{dup2, execve};
 use std::ffi::CStr;
 use std::fs::OpenOptions;
@@ -17,6 +17,19 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     // SAFETY: the closure runs between fork and exec and makes one system call, prctl, which allocates nothing and
     // takes no lock.
     unsafe { command.pre_exec(|| set_pdeathsig(Signal::SIGKILL).map_err(Into::into)) }
+}
+
+/// The child starts with SIGCHLD blocked: a tracer that is traced itself would stop for each stop of its tracees.
+pub fn block_sigchld(command: &mut Command) -> &mut Command {
+    // SAFETY: the closure runs between fork and exec and makes one system call, rt_sigprocmask, which allocates nothing
+    // and takes no lock.
+    unsafe {
+        command.pre_exec(|| {
+            let mut mask = SigSet::empty();
+            mask.add(Signal::SIGCHLD);
+            mask.thread_block().map_err(Into::into)
+        })
+    }
 }
 
 /// Starts a program as a child that is born in this cgroup v2 folder, sees it as the root of a new cgroup namespace,

@@ -14,6 +14,7 @@ pub mod mountinfo;
 pub mod netns;
 pub mod process;
 pub mod sock_diag;
+pub mod tracee;
 pub mod userns;
 pub mod xattr;
 

@@ -23,6 +23,20 @@ pub fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
     checked(outcome).map(drop)
 }
 
+/// This process's own copy of a descriptor of another one: the same open file.
+pub fn copy_descriptor(pidfd: BorrowedFd<'_>, descriptor: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain integers; the call returns a new descriptor (close-on-exec by itself) or an error.
+    let fd = checked(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), descriptor, 0) })?;
+    // SAFETY: the kernel has just returned this descriptor to us and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// From here on the kernel, short of memory, ends anything rather than this process. Inherited by children; best effort:
+/// it takes CAP_SYS_RESOURCE.
+pub fn be_spared_by_the_oom_killer() {
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+}
+
 /// From here on this process takes CPU and disk only as far as others leave them. Best effort.
 pub fn yield_to_others() {
     const LEAST_NICE: libc::c_int = 19;

@@ -8,12 +8,16 @@
 //! restore:  place::prepare ─> restore { uid base, lazy fill, cgroups … set_up_netns … } ─> tasks going on
 //! ```
 //!
-//! What a failure leaves: a failed dump leaves the tasks running as they were; a failed restore leaves no task of
+//! What a failure leaves: a failed dump leaves the tasks running as they were, also where CRIU was killed in its middle
+//! ([`cure`]); a failed restore leaves no task of
 //! this operation (CRIU kills init, and with it the tree) and the images untouched. Never touches mounts of the
 //! host's namespace, the disk or the cgroup's limits: those are the caller's.
 
+mod cure;
 mod failure;
+mod frozen;
 mod images;
+mod journal;
 pub(crate) mod lazy;
 pub(crate) mod place;
 mod swrk;
@@ -29,7 +33,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use swrk::{Swrk, Verb};
+use swrk::{End, Guard, Swrk, Verb};
 
 /// CRIU's own bound on collecting and freezing the tasks: the sandbox stands still for at most this long before a
 /// dump gives up.
@@ -78,6 +82,21 @@ pub(crate) enum CriuError {
         /// The whole story.
         log: PathBuf,
     },
+    /// It was killed in the middle of a dump; what it had changed in the tasks was undone and they go on.
+    #[error("CRIU was killed in the middle of the dump; the sandbox goes on as it was; its log is {}", log.display())]
+    Killed {
+        /// How far it came.
+        log: PathBuf,
+    },
+    /// It was killed in the middle of a dump, and what it had changed in the tasks is there still.
+    #[error("CRIU was killed in the middle of the dump and left the sandbox torn; its log is {}", log.display())]
+    Torn {
+        /// How far it came.
+        log: PathBuf,
+        /// What could not be undone.
+        #[source]
+        source: cure::CureError,
+    },
     /// It took longer than the caller allows; CRIU was killed.
     #[error("CRIU did not {verb} the sandbox within {} s; its log is {}", deadline.as_secs(), log.display())]
     TimedOut {
@@ -122,6 +141,8 @@ pub(crate) struct DumpOptions<'a> {
     pub(crate) work: &'a Path,
     /// What becomes of the tasks.
     pub(crate) after: AfterDump,
+    /// The cgroups that they are in.
+    pub(crate) cgroups: &'a [PathBuf],
     /// Bound on the whole operation, memory writing included.
     pub(crate) deadline: Duration,
 }
@@ -149,17 +170,35 @@ pub(crate) fn dump(options: &DumpOptions<'_>, mut on_frozen: impl FnMut() -> Res
     request.ghost_limit = Some(GHOST_BYTES_MAX);
     request.timeout = Some(FREEZE_TIMEOUT_S);
 
-    let mut swrk = Swrk::start(options.criu, Verb::Dump, options.work, &Seat::Here, options.deadline)?;
+    let journal = journal::begin(options.work).map_err(|source| CriuError::Folder { path: options.work.to_owned(), source })?;
+    let guard = Guard { cgroups: options.cgroups, journal };
+    let mut swrk = Swrk::start(options.criu, Verb::Dump, options.work, &Seat::Here, options.deadline, Some(guard))?;
     let mut frozen_at = None;
-    swrk.run(request, |moment, _pid| match moment {
+    let outcome = swrk.run(request, |moment, _pid| match moment {
         "pre-dump" => {
             frozen_at = Some(Instant::now());
             Ok(())
         }
         "post-dump" => on_frozen(),
         _ => Ok(()),
-    })?;
-    Ok(DumpReport { standstill: frozen_at.map_or(Duration::ZERO, |at| at.elapsed()) })
+    });
+    match outcome {
+        Ok(_) => Ok(DumpReport { standstill: frozen_at.map_or(Duration::ZERO, |at| at.elapsed()) }),
+        Err(error) => Err(undo(&mut swrk, options, error)),
+    }
+}
+
+/// A CRIU that fails undoes its work before it says so; what a killed one left is undone here.
+fn undo(swrk: &mut Swrk, options: &DumpOptions<'_>, error: CriuError) -> CriuError {
+    let log = || options.work.join(Verb::Dump.log_name());
+    match (swrk.end(), error) {
+        (End::AfterItsAnswer, error) => error,
+        (End::InTheMiddle(frozen), error) => match (cure::cure(options.work, options.cgroups, frozen), error) {
+            (Ok(()), CriuError::Refused { .. }) => CriuError::Killed { log: log() },
+            (Ok(()), error) => error,
+            (Err(source), _) => CriuError::Torn { log: log(), source },
+        },
+    }
 }
 
 /// What to restore, and from where.
@@ -230,7 +269,7 @@ pub(crate) fn restore(
     };
     let seat = place::seat_in(options.cgroups)?;
 
-    let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, &seat, options.deadline)?;
+    let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, &seat, options.deadline, None)?;
     let mut netns = None;
     let mut reset_connections = 0;
     let response = swrk.run(request, |moment, pid| match moment {

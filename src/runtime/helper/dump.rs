@@ -1,13 +1,12 @@
 //! A dump: CRIU writes the tree down, and while it stands still the disk is copied.
 
-use super::super::disk::copy_image;
+use super::super::disk::{DiskError, copy_of_mounted, sync_mounted};
 use super::super::{AfterDump, DUMPED_FILE, Dumped};
-use super::criu::{self, DumpOptions, HookError, place};
+use super::criu::{self, CriuError, DumpOptions, HookError, place};
 use super::{AtWork, HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
-use crate::sys::disk::{Frozen, sync_filesystem};
-use crate::sys::process::go_before_others;
+use crate::sys::process::{be_spared_by_the_oom_killer, go_before_others, kill, open_pidfd};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -27,6 +26,8 @@ pub(crate) struct Dump {
     pub(crate) disk_copy: Option<PathBuf>,
     /// What becomes of the tasks.
     pub(crate) after: AfterDump,
+    /// The cgroup's folders.
+    pub(crate) cgroup_folders: Vec<PathBuf>,
     /// The CRIU to use.
     pub(crate) criu: PathBuf,
     /// Its content address (hex).
@@ -47,6 +48,7 @@ impl Operation for Dump {
 
     fn run(&self) -> Result<Dumped, HelperStep> {
         go_before_others();
+        be_spared_by_the_oom_killer();
         let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
         let work = self.folder.work();
         let options = DumpOptions {
@@ -55,6 +57,7 @@ impl Operation for Dump {
             images: &self.images,
             work: &work,
             after: self.after,
+            cgroups: &self.cgroup_folders,
             deadline: self.deadline,
         };
         self.sync_disk_ahead().map_err(HelperStep::wrap("writing the disk's changes to its image"))?;
@@ -67,6 +70,9 @@ impl Operation for Dump {
             dumped = Some(self.record(began.elapsed())?);
             Ok(())
         });
+        if let Err(CriuError::Torn { .. }) = &report {
+            self.end_what_is_torn();
+        }
         let report = report.map_err(HelperStep::wrap("dumping"))?;
         let dumped = dumped.ok_or_else(|| HelperStep::new("dumping", "CRIU did not stop for the disk"))?;
         Ok(Dumped { standstill: report.standstill, ..dumped })
@@ -74,6 +80,13 @@ impl Operation for Dump {
 }
 
 impl Dump {
+    /// Tasks that run foreign code are worth less than none: pid 1 goes, and the sandbox with its reason in the log.
+    fn end_what_is_torn(&self) {
+        let ended = open_pidfd(self.init).and_then(|init| kill(init.as_fd()));
+        // It was dead already.
+        drop(ended);
+    }
+
     /// The tasks ran on after the check; now they stand still.
     fn refuse_what_came_since_the_check(&self) -> Result<(), HookError> {
         let found = precheck::never_restored(self.init)?;
@@ -84,18 +97,18 @@ impl Dump {
     }
 
     /// What is written now need not be while the tasks stand still for the copy.
-    fn sync_disk_ahead(&self) -> io::Result<()> {
+    fn sync_disk_ahead(&self) -> Result<(), DiskError> {
         match self.disk_copy {
-            Some(_) => sync_filesystem(File::open(self.folder.disk_mount())?.as_fd()),
+            Some(_) => sync_mounted(&self.folder),
             None => Ok(()),
         }
     }
 
     fn copy_disk(&self) -> Result<(), HookError> {
-        let Some(copy) = &self.disk_copy else { return Ok(()) };
-        let disk = File::open(self.folder.disk_mount())?;
-        let _frozen = Frozen::freeze(disk.as_fd())?;
-        Ok(copy_image(&self.folder.disk_image(), copy)?)
+        match &self.disk_copy {
+            Some(copy) => Ok(copy_of_mounted(&self.folder, copy)?),
+            None => Ok(()),
+        }
     }
 
     /// Says beside the images that they are complete, before any task is ended: whoever finds the sandbox dead later

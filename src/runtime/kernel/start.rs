@@ -201,6 +201,7 @@ impl Kernel {
             images: request.images,
             disk_copy: request.disk_copy,
             after: request.after,
+            cgroup_folders: self.0.cgroups.of(id).folders(),
             criu: criu.path.clone(),
             criu_sha256: criu.sha256.clone(),
             agent_sha256: live.kernel.agent.clone(),

@@ -4,16 +4,21 @@
 //! and drops the restored pid.
 
 use super::failure::reason_in_log;
+use super::frozen::Frozen;
 use super::place::Seat;
 use super::{CriuError, HookError};
-use crate::sys::command::{die_with_parent, spawn_in_cgroup};
+use crate::sys::command::{block_sigchld, die_with_parent, spawn_in_cgroup};
 use crate::sys::process;
+use crate::sys::tracee::{Stop, Tracee};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use protobuf::{Message, MessageField};
 use rust_criu::rust_criu_protobuf::rpc;
 use std::ffi::{CStr, CString};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -23,6 +28,12 @@ use std::time::{Duration, Instant};
 
 /// CRIU's messages are some hundred bytes; one that fills this was cut.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// Names the descriptor of the journal to our CRIU.
+const JOURNAL_VARIABLE: &str = "STILLBOX_CURE_FD";
+
+/// How long CRIU may take from its answer to its end.
+const LAST_STEPS_WITHIN: Duration = Duration::from_millis(200);
 
 /// What is asked of CRIU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,10 +65,31 @@ impl Verb {
     }
 }
 
+/// What a CRIU that is killed must not take along: the tasks that it traces.
+#[derive(Debug)]
+pub(super) struct Guard<'a> {
+    /// Theirs: they are frozen before it lets go of them.
+    pub(super) cgroups: &'a [PathBuf],
+    /// Where it notes what it changes in them; it inherits this.
+    pub(super) journal: File,
+}
+
+/// A CRIU that stops at its end, however that comes.
+#[derive(Debug)]
+struct Watched {
+    tracee: Tracee,
+    stops: SignalFd,
+    cgroups: Vec<PathBuf>,
+    /// Since it ended without an answer.
+    frozen: Option<Frozen>,
+}
+
 /// A running `criu swrk`. Dropped, it is killed if it still runs, and reaped.
 #[derive(Debug)]
 pub(super) struct Swrk {
     process: OwnedFd,
+    watched: Option<Watched>,
+    has_answered: bool,
     socket: OwnedFd,
     verb: Verb,
     log: PathBuf,
@@ -67,13 +99,21 @@ pub(super) struct Swrk {
 
 impl Swrk {
     /// Starts CRIU as a child. One that restores dies with this process, and what it began is nobody's. One that dumps
-    /// does not: killed while it works in a task it would take that task along; left alone, it meets the end of this
-    /// conversation at its next stop and undoes its work. The folders of a request are opened by this process:
+    /// does not: it meets the end of this conversation at its next stop and undoes its work; should it be killed itself,
+    /// `guard` says what is needed to undo it from outside. The folders of a request are opened by this process:
     /// CRIU reads them through /proc/PID/fd of the socket's maker.
-    pub(super) fn start(criu: &Path, verb: Verb, work: &Path, seat: &Seat, deadline: Duration) -> Result<Swrk, CriuError> {
-        let (process, socket) = spawn(criu, verb, seat).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
+    pub(super) fn start(
+        criu: &Path,
+        verb: Verb,
+        work: &Path,
+        seat: &Seat,
+        deadline: Duration,
+        guard: Option<Guard<'_>>,
+    ) -> Result<Swrk, CriuError> {
+        let started = spawn(criu, verb, seat, guard).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
+        let Started { process, socket, watched } = started;
         let log = work.join(verb.log_name());
-        Ok(Swrk { process, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
+        Ok(Swrk { process, watched, has_answered: false, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
     }
 
     /// Sends the request and answers CRIU's stops by `on_moment` (its name, and init's pid where CRIU tells it)
@@ -94,6 +134,7 @@ impl Swrk {
                 other => other?,
             };
             if response.type_() != rpc::Criu_req_type::NOTIFY {
+                self.has_answered = true;
                 if response.success() {
                     return Ok(response);
                 }
@@ -143,22 +184,72 @@ impl Swrk {
         }
     }
 
-    fn wait_readable(&self) -> Result<(), CriuError> {
+    fn wait_readable(&mut self) -> Result<(), CriuError> {
         loop {
             let left = self.ends_at.saturating_duration_since(Instant::now());
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            // Its end as well: tasks that it has forked may hold the other side of the conversation open.
-            let mut fds = [self.socket.as_fd(), self.process.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            match poll(&mut fds, timeout) {
-                Err(nix::errno::Errno::EINTR) => {}
-                Ok(0) if left.is_zero() => {
+            match self.poll(PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+                // What it said before it ended is heard first.
+                Ok(Woken { socket: true, .. }) => return Ok(()),
+                Ok(Woken { ended: true, .. }) => return Err(self.refused()),
+                Ok(_) if left.is_zero() => {
                     return Err(CriuError::TimedOut { verb: self.verb.name(), deadline: self.deadline, log: self.log.clone() });
                 }
-                Ok(0) => {}
-                // What it said before it ended is heard first.
-                Ok(_) if fds[0].any().unwrap_or(true) => return Ok(()),
-                Ok(_) => return Err(self.refused()),
+                Ok(_) => {}
                 Err(errno) => return Err(self.protocol(errno)),
+            }
+        }
+    }
+
+    /// What there is to hear. Of its end as well: tasks that it has forked may hold the other side of the conversation
+    /// open. Its stops as a tracee are answered here.
+    fn poll(&mut self, timeout: PollTimeout) -> nix::Result<Woken> {
+        let watched = self.watched.as_ref().map(|watched| watched.stops.as_fd());
+        let mut fds: Vec<PollFd<'_>> = [Some(self.socket.as_fd()), Some(self.process.as_fd()), watched]
+            .into_iter()
+            .flatten()
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        match poll(&mut fds, timeout) {
+            Err(nix::errno::Errno::EINTR) => return Ok(Woken::default()),
+            other => drop(other?),
+        }
+        let any = |place: usize| fds.get(place).is_some_and(|fd| fd.any().unwrap_or(true));
+        let (woken, has_stopped) = (Woken { socket: any(0), ended: any(1) }, any(2));
+        if has_stopped && let Some(watched) = &mut self.watched {
+            watched.answer_stops(self.has_answered);
+        }
+        Ok(woken)
+    }
+
+    /// Waits for its end, and brings it about unless it has answered. Whom it left in the middle of its work stands
+    /// frozen.
+    pub(super) fn end(&mut self) -> End {
+        // It ends by itself after its answer; on every other path it must not go on alone.
+        if self.socket_is_open() {
+            let _ = process::kill(self.process.as_fd());
+        }
+        while self.poll(PollTimeout::NONE).is_ok_and(|woken| !woken.ended) {}
+        let _ = process::reap(self.process.as_fd());
+        match self.has_answered {
+            true => End::AfterItsAnswer,
+            false => End::InTheMiddle(self.watched.as_mut().and_then(|watched| watched.frozen.take())),
+        }
+    }
+
+    /// Whether CRIU still holds its end. After the final answer it closes it, soon: wait for that a little, since a
+    /// kill in its last steps would leave files behind in its work folder.
+    fn socket_is_open(&mut self) -> bool {
+        let until = Instant::now() + LAST_STEPS_WITHIN;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.poll(PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
+                Ok(Woken { ended: true, .. }) => return false,
+                Ok(Woken { socket: true, .. }) => {
+                    return recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT) != Ok(0);
+                }
+                Ok(_) if left.is_zero() => return true,
+                Ok(_) => {}
+                Err(_) => return true,
             }
         }
     }
@@ -166,54 +257,92 @@ impl Swrk {
 
 impl Drop for Swrk {
     fn drop(&mut self) {
-        // CRIU ends by itself after its answer; on every other path it must not go on alone. Killed in the middle of
-        // a dump it leaves the tasks running (verified: checkpoint.md, section 3).
-        if self.socket_is_open() {
-            let _ = process::kill(self.process.as_fd());
-        }
-        // Readable once it has ended, which it now does.
-        let _ = poll(&mut [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-        let _ = process::reap(self.process.as_fd());
+        // Frozen tasks go on where nobody cures them.
+        drop(self.end());
     }
 }
 
-/// CRIU's pidfd and our end of the conversation.
-fn spawn(criu: &Path, verb: Verb, seat: &Seat) -> io::Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+/// What a poll found.
+#[derive(Debug, Default)]
+struct Woken {
+    socket: bool,
+    ended: bool,
+}
+
+/// How CRIU ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// Whatever it said, its work was done or undone.
+    AfterItsAnswer,
+    /// Tasks may be as it left them, frozen where that is possible.
+    InTheMiddle(Option<Frozen>),
+}
+
+impl Watched {
+    fn begin(pid: i32, guard: &Guard<'_>) -> io::Result<Self> {
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGCHLD);
+        mask.thread_block()?;
+        let stops = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        Ok(Self { tracee: Tracee::hold_at_end(pid)?, stops, cgroups: guard.cgroups.to_vec(), frozen: None })
+    }
+
+    fn answer_stops(&mut self, has_answered: bool) {
+        while matches!(self.stops.read_signal(), Ok(Some(_))) {}
+        while let Ok(Some(stop)) = self.tracee.stopped() {
+            let gone_on = match stop {
+                Stop::Ending => {
+                    if !has_answered {
+                        self.frozen = Some(Frozen::freeze(&self.cgroups));
+                    }
+                    self.tracee.go_on(0)
+                }
+                Stop::Signal(signal) => self.tracee.go_on(signal),
+                Stop::Interrupted | Stop::Syscall => self.tracee.go_on(0),
+            };
+            // It ends all the same.
+            drop(gone_on);
+        }
+    }
+}
+
+/// A CRIU that runs.
+struct Started {
+    process: OwnedFd,
+    /// Our end of the conversation.
+    socket: OwnedFd,
+    watched: Option<Watched>,
+}
+
+fn spawn(criu: &Path, verb: Verb, seat: &Seat, guard: Option<Guard<'_>>) -> io::Result<Started> {
+    let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
     // The helper has one thread, so nothing else can be spawned between this and the end of the function.
     fcntl(theirs.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
     let end = theirs.as_raw_fd().to_string();
     // The machine's own CRIU configuration is not ours.
     let arguments = ["--no-default-config", "swrk", &end];
-    let process = match seat {
+    match seat {
         Seat::Here => {
             let mut command = Command::new(criu);
             command.args(arguments).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
             if verb == Verb::Restore {
                 die_with_parent(&mut command);
             }
+            if let Some(guard) = &guard {
+                fcntl(guard.journal.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty()))?;
+                block_sigchld(command.env(JOURNAL_VARIABLE, guard.journal.as_raw_fd().to_string()));
+            }
             let child = command.spawn()?;
-            process::open_pidfd(i32::try_from(child.id()).map_err(io::Error::other)?)?
+            let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+            let process = process::open_pidfd(pid)?;
+            let watched = guard.map(|guard| Watched::begin(pid, &guard)).transpose()?;
+            Ok(Started { process, socket, watched })
         }
         Seat::Cgroup(folder) => {
             let program = CString::new(criu.as_os_str().as_bytes())?;
             let arguments = arguments.into_iter().map(CString::new).collect::<Result<Vec<_>, _>>()?;
             let all: Vec<&CStr> = std::iter::once(&program).chain(&arguments).map(CString::as_c_str).collect();
-            spawn_in_cgroup(&program, &all, folder.as_fd())?
-        }
-    };
-    Ok((process, ours))
-}
-
-impl Swrk {
-    /// Whether CRIU still holds its end. After the final answer it closes it, soon: wait for that a little, since a
-    /// kill in its last steps would leave files behind in its work folder.
-    fn socket_is_open(&self) -> bool {
-        let mut byte = [0];
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::from(200_u16)) {
-            Ok(0) | Err(_) => true,
-            Ok(_) => recv(self.socket.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) != Ok(0),
+            Ok(Started { process: spawn_in_cgroup(&program, &all, folder.as_fd())?, socket, watched: None })
         }
     }
 }

@@ -1,0 +1,230 @@
+"""kill -9 of CRIU in the middle of a dump, at any moment: the sandbox goes on as it was, and tells so itself."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import threading
+import time
+
+import pytest
+from e2b import Sandbox
+from test_crashes import api, arguments, attempt, children, crashing, tidy_up, until  # noqa: F401
+
+# Threads that compute, processes that count, a connection between two threads that is never at rest: each says what it
+# finds that cannot be. What a dump leaves in a process shows in its maps, descriptors and blocked signals.
+WITNESS = r"""
+import http.server, json, math, os, re, signal, socket, sys, threading, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+wrong, counts = [], {}
+def watched(name, work):
+    def run():
+        try:
+            for _ in work():
+                counts[name] = counts.get(name, 0) + 1
+        except BaseException as error:
+            wrong.append(f'{name}: {error!r}')
+    threading.Thread(target=run, daemon=True).start()
+def compute():
+    expected = sum(math.sqrt(each) * 1.5 for each in range(300))
+    while True:
+        assert sum(math.sqrt(each) * 1.5 for each in range(300)) == expected, 'another sum'
+        time.sleep(0.001)
+        yield
+for number in range(3):
+    watched(f'compute {number}', compute)
+listener = socket.create_server(('127.0.0.1', 0))
+near = socket.create_connection(listener.getsockname()); far, _ = listener.accept()
+def send():
+    number = 0
+    while True:
+        number += 1
+        near.sendall(number.to_bytes(8, 'big')); time.sleep(0.0003)
+        yield
+def receive():
+    expected = 0
+    while True:
+        got = b''
+        while len(got) < 8:
+            more = far.recv(8 - len(got))
+            assert more, 'the connection ended'
+            got += more
+        expected += 1
+        assert int.from_bytes(got, 'big') == expected, 'another number'
+        yield
+watched('send', send); watched('receive', receive)
+ends = []
+for _ in range(2):
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        while theirs.recv(1):
+            theirs.send(b'!'); time.sleep(0.001)
+        os._exit(0)
+    theirs.close(); ends.append(ours)
+    def ask(ours=ours):
+        while True:
+            ours.send(b'?'); assert ours.recv(1) == b'!', 'no answer'
+            yield
+    watched(f'child {len(ends)}', ask)
+def own(): return {'wrong': wrong, 'counts': dict(counts), 'pid': os.getpid()}
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps(own()).encode()
+        self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.HTTPServer(('127.0.0.1', 7100), Handler).serve_forever()
+"""
+ROUNDS = int(os.environ.get("STILLBOX_KILLED_DUMPS", "15"))
+# How a kill is timed: so long after CRIU's start, after it is first seen inside a process, or after the tasks' images.
+TIMINGS = ("start", "inside", "inside", "inside", "late")
+
+
+def host_pids(sandbox_id):
+    found = set()
+    for listed in pathlib.Path("/sys/fs/cgroup").glob(f"**/stillbox-*/{sandbox_id}/cgroup.procs"):
+        found |= {int(pid) for pid in listed.read_text().split() if pid != "0"}
+    return sorted(found)
+
+
+def read(path):
+    try:
+        return pathlib.Path(path).read_text()
+    except OSError:
+        return ""
+
+
+class Killer(threading.Thread):
+    """Kills the CRIU of the next dump at the moment that it is given."""
+
+    def __init__(self, server, victims, timing, after_s):
+        super().__init__(daemon=True)
+        self.server, self.victims, self.timing, self.after_s = server, victims, timing, after_s
+        self.over, self.killed = threading.Event(), False
+
+    def criu(self):
+        for helper in children(self.server.process.pid):
+            if "dump" in arguments(helper)[1:3]:
+                for each in children(helper):
+                    if "swrk" in arguments(each):
+                        return each
+        return None
+
+    def is_time(self, since):
+        if self.timing == "inside":
+            return any("CRIUMFD" in read(f"/proc/{pid}/maps") for pid in self.victims) or time.monotonic() - since > 0.1
+        return True
+
+    def run(self):
+        while not self.over.is_set():
+            pid = self.criu()
+            if pid is None:
+                continue
+            try:
+                pidfd = os.pidfd_open(pid)
+                since = time.monotonic()
+                while not self.is_time(since):
+                    pass
+                until_then = time.monotonic() + self.after_s
+                while time.monotonic() < until_then:
+                    pass
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+                self.killed = True
+            except OSError:
+                pass  # It had ended.
+            return
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+
+class Witness:
+    def __init__(self):
+        self.sandbox = Sandbox.create(timeout=1800)
+        self.sandbox.files.write("/tmp/witness.py", WITNESS)
+        self.sandbox.commands.run("setsid python3 /tmp/witness.py </dev/null >/tmp/witness.log 2>&1 &")
+        first = until(self.ask, "the witness")
+        self.pid = first["pid"]
+        time.sleep(0.3)
+        self.pids = host_pids(self.sandbox.sandbox_id)
+        self.before = {pid: self.traces(pid) for pid in self.pids}
+
+    def ask(self):
+        said = self.sandbox.commands.run("curl -s http://127.0.0.1:7100/ || cat /tmp/witness.log >&2").stdout
+        return json.loads(said) if said else None
+
+    @staticmethod
+    def traces(pid):
+        """What a dump may have left in a process: its blocked signals, where it maps CRIU's code, its descriptors."""
+        blocked = sorted(read(each).split("SigBlk:")[1].split()[0] for each in map(str, pathlib.Path(f"/proc/{pid}/task").glob("*/status")))
+        files = [os.readlink(each) for each in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
+        foreign = [line for line in read(f"/proc/{pid}/maps").splitlines() if "CRIUMFD" in line]
+        foreign += [name for name in files if "CRIUMFD" in name or name.endswith("dump.log")]
+        return blocked, foreign, pathlib.Path(f"/proc/{pid}/comm").read_text()
+
+    def check(self, what):
+        first = self.ask()
+        assert first and first["wrong"] == [] and first["pid"] == self.pid, f"{what}: {first}"
+        def goes_on():
+            now = self.ask()
+            assert now["wrong"] == [], f"{what}: {now}"
+            return all(now["counts"][name] > count for name, count in first["counts"].items())
+        until(goes_on, f"all to go on after {what}: {first}")
+        # The agent's threads come and go, and so do commands; the witness and its children stay as they were.
+        for pid, (blocked, foreign, name) in self.before.items():
+            if name.startswith("python3"):
+                now = self.traces(pid)
+                assert now[1] == [], f"{what}: {pid} {name}: {now[1]}"
+                assert set(now[0]) <= set(blocked), f"{what}: {pid} {name} blocks {now[0]}, before {blocked}"
+
+
+VERBS = {
+    "fork": ("POST", "/fork", {"count": 1, "timeout": 300}),
+    "pause": ("POST", "/pause", {}),
+    "snapshot": ("POST", "/snapshots", {}),
+}
+
+
+@pytest.mark.timeout(60 + 10 * ROUNDS)
+def test_criu_is_killed_in_the_middle_of_dumps(crashing):  # noqa: F811
+    witness = Witness()
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    outcomes = {}
+    killed = 0
+    # A kill that comes too late is no round.
+    while killed < ROUNDS:
+        timing, verb = chance.choice(TIMINGS), chance.choice(list(VERBS))
+        after_s = {"start": chance.uniform(0, 0.03), "inside": chance.uniform(0, 0.004), "late": chance.uniform(0.015, 0.05)}[timing]
+        what = f"seed {seed}, kill {killed}: {verb}, {timing} + {after_s * 1000:.2f} ms"
+        method, rest, body = VERBS[verb]
+        path = f"/sandboxes/{witness.sandbox.sandbox_id}"
+        with Killer(crashing, witness.pids, timing, after_s) as killer:
+            status, answer = attempt(crashing, method, path + rest, body)
+        killed += killer.killed
+        state = api(crashing, "GET", path)
+        assert state[0] == 200, f"{what}: lost: {state}, answered {status} {answer}"
+        if killer.killed:
+            is_failed = status >= 400 or "error" in json.dumps(answer)
+            outcome = f"{verb} {'failed' if is_failed else 'done'}, {state[1]['state']}"
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        if state[1]["state"] == "paused":
+            witness.sandbox.connect(timeout=1800)
+            witness.pids = host_pids(witness.sandbox.sandbox_id)
+            assert witness.ask()["wrong"] == [], what
+            witness.before = {pid: Witness.traces(pid) for pid in witness.pids}
+        witness.check(f"{what}, answered {status} {answer}")
+        tidy_up(crashing, witness)
+    print(f"{killed} kills: {outcomes}, seed {seed}")
+    assert sum(count for outcome, count in outcomes.items() if "failed" in outcome) > killed / 3, f"most kills came too late: {outcomes}"
+    # What was changed was undone: it can be dumped, and restored.
+    witness.sandbox.pause()
+    witness.sandbox.connect(timeout=1800)
+    assert witness.ask()["wrong"] == []
+    witness.sandbox.kill()
