@@ -5,7 +5,7 @@ SHELL := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin
 STILLBOX := target/release/stillbox
 
-.PHONY: help run demo setup setup-test criu build test test-dialects check bench soak vm-test container-test dist clean
+.PHONY: help run demo setup setup-test setup-bench criu build test test-dialects check bench soak vm-test container-test dist clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,6 +21,9 @@ setup: ## install the packages that building and running needs
 
 setup-test:
 	@scripts/setup.sh test
+
+setup-bench:
+	@scripts/setup.sh bench
 
 criu: setup ## the static CRIU that the binary embeds
 	@criu/build.sh target/criu/criu
@@ -45,7 +48,7 @@ container-test: build ## the Dockerfile: built by buildah on our own base, docto
 check: ## format, lints, layout, licences
 	@scripts/check.sh
 
-bench: setup-test build ## the numbers of docs/SPECIFICATION.md on this machine
+bench: setup-bench build ## the numbers of docs/SPECIFICATION.md on this machine
 	@python3 tests/perf/start.py
 	@python3 tests/perf/stopped_time.py
 	@python3 tests/perf/interpreter.py

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing on a Debian-like machine, and says which package and why: `scripts/setup.sh [run|test|container]`.
-# `run` = what building and running needs (the default), `test` = what the tests need as well, `container` = and `make container-test`.
+# Installs what is missing on a Debian-like machine, and says which package and why: `scripts/setup.sh [run|test|bench|container]`.
+# `run` = what building and running needs (the default), `test` = what the tests need as well, `bench` = and `make bench`,
+# `container` = and `make container-test`.
 # Quick and silent when everything is there; changes nothing but installing packages.
 set -euo pipefail
 
@@ -46,6 +47,9 @@ runc|the peer that benchmarks compare with
 docker-registry|the registry that image tests start on a port of their own
 skopeo|fills that registry and writes image archives
 LIST
+    if [ "$1" = bench ]; then
+        echo "podman|the peer that stops time as well, which benchmarks compare with"
+    fi
     [ "$1" = container ] || return 0
     cat <<'LIST'
 buildah|builds the Dockerfile at the top in `make container-test`

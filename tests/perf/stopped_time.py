@@ -7,6 +7,7 @@ import threading
 import time
 
 from measure import Api, Sandbox, Server, Verdicts, cpu_ms, creates_in_a_row, machine, show, timed, with_memory
+from podman import NoPeer, Podman
 
 # Ticks in memory; tells its longest pause between two ticks, which is how long it stood still.
 TICKER = """
@@ -70,7 +71,7 @@ def until(condition, seconds=120):
     raise RuntimeError("a condition did not come about")
 
 
-def pause_and_resume(verdicts, api, rounds):
+def pause_and_resume(verdicts, server, api, rounds):
     print("\n== a bare sandbox: pause, resume")
     sandbox = api.create()
     pauses, resumes = [], []
@@ -83,8 +84,31 @@ def pause_and_resume(verdicts, api, rounds):
 
         resumes.append(timed(resume)[0])
     sandbox.kill()
-    verdicts.hold("pause", show("pause", pauses)["median"], 30, " ms")
-    verdicts.hold("resume -> first answer", show("resume -> first command's output", resumes)["median"], 30, " ms")
+    pause, resume = show("pause", pauses)["median"], show("resume -> first command's output", resumes)["median"]
+    verdicts.hold("pause", pause, 30, " ms")
+    verdicts.hold("resume -> first answer", resume, 30, " ms")
+    try:
+        checkpoint, restore = podman(server, rounds=10)
+        print(f"  podman's medians over ours: {checkpoint / pause:.1f} x, {restore / resume:.1f} x")
+    except NoPeer as reason:
+        print(f"  without podman: {reason}")
+
+
+def podman(server, rounds):
+    """Medians of a checkpoint and of a restore with a first command, in milliseconds."""
+    layer = next(folder for folder in (server.data_dir / "layers").iterdir() if (folder / "usr/bin/sleep").exists())
+    criu = next((server.data_dir / "criu").glob("*/criu"))
+    creates, checkpoints, restores = [], [], []
+    with Podman(layer, criu) as peer:
+        for _ in range(rounds):
+            creates.append(timed(lambda: (peer.run(), peer.first_answer()))[0])
+            checkpoints.append(timed(peer.checkpoint)[0])
+            restores.append(timed(lambda: (peer.restore(), peer.first_answer()))[0])
+            peer.remove()
+        print(f"  the peer: podman on runc with {peer.criu}, a container with one process")
+    show("podman run -> first command's output", creates)
+    checkpoint, restore = show("podman container checkpoint", checkpoints), show("podman container restore -> first output", restores)
+    return checkpoint["median"], restore["median"]
 
 
 def creates(verdicts, server, api, rounds):
@@ -191,7 +215,7 @@ def main():
         # The template's dump is made in the background after the first cold start; the promise is about what follows.
         first_command(api).kill()
         until(lambda: any((server.data_dir / "snapshots").iterdir()))
-        pause_and_resume(verdicts, api, 30)
+        pause_and_resume(verdicts, server, api, 30)
         creates(verdicts, server, api, rounds)
         forks(verdicts, api)
         standstill_with_data(api)
