@@ -129,7 +129,7 @@ enum Ended {
     Done,
     /// The kernel is gone with it.
     Lost(String),
-    /// The kernel was gone before it told that the cell had begun, for this reason.
+    /// The kernel was gone before it could get the cell, for this reason: no code of it has run.
     NotBegun(String),
     Restarted(oneshot::Sender<Result<(), StartError>>),
     Removed,
@@ -225,7 +225,6 @@ impl Context {
         match ended {
             Ended::Done => true,
             Ended::Removed => false,
-            // A cell that ends its kernel may do so before the kernel has told of its beginning: twice is no accident.
             Ended::Lost(reason) | Ended::NotBegun(reason) => {
                 self.kernel = None;
                 let value = format!("Context was restarted, since its kernel ended: {reason}. What it held is lost");
@@ -243,7 +242,7 @@ impl Context {
 
     async fn try_cell(&mut self, cell: &Cell, outputs: &mpsc::Sender<Output>) -> Ended {
         // It may have died a moment ago, and nobody has looked.
-        self.kernel.take_if(|kernel| kernel.has_ended());
+        self.kernel.take_if(|kernel| kernel.is_dead());
         match self.start_kernel().await {
             Ok(()) => self.run_cell(cell, outputs).await,
             Err(error) => {
@@ -276,6 +275,7 @@ impl Context {
         if let Err(error) = begun.await {
             return Ended::NotBegun(error.to_string());
         }
+        // From here on the kernel may run it, heard of or not: a cell must not run twice.
         let ended = self.follow(cell, outputs).await;
         if matches!(ended, Ended::Done) && !set.is_empty() {
             self.take_back(cell).await;
@@ -299,7 +299,7 @@ impl Context {
         let mut deadline = cell.time_max.map(|time| Instant::now() + time);
         let (mut interrupt_at, mut gone_at): (Option<Instant>, Option<Instant>) = (None, None);
         let mut is_urgent = false;
-        let (mut is_watched, mut has_begun) = (true, false);
+        let mut is_watched = true;
         loop {
             let Some(kernel) = &mut self.kernel else { return Ended::Lost("it is not there".to_owned()) };
             // Cancel-safe, all of them: queues, timers, and a kernel that keeps what it has read.
@@ -312,13 +312,10 @@ impl Context {
                     Some(Order::Introduce(randomness)) => self.introduce(randomness).await,
                 },
                 event = kernel.next() => match event {
-                    Event::Output(output) => {
-                        has_begun = true;
-                        let _ = outputs.send(output).await;
-                    }
+                    Event::Output(output) => drop(outputs.send(output).await),
                     Event::Done => return Ended::Done,
-                    Event::Died(reason) if has_begun => return Ended::Lost(reason),
-                    Event::Died(reason) => return Ended::NotBegun(reason),
+                    Event::Died(reason) => return Ended::Lost(reason),
+                    Event::DiedBefore(reason) => return Ended::NotBegun(reason),
                 },
                 job = self.queue.recv(), if self.waiting.len() < QUEUE_MAX => match job {
                     Some(job) => self.waiting.push_back(job),
@@ -363,7 +360,7 @@ async fn death(kernel: &mut Option<Kernel>) -> String {
     let Some(kernel) = kernel else { return std::future::pending().await };
     loop {
         match kernel.next().await {
-            Event::Died(reason) => return reason,
+            Event::Died(reason) | Event::DiedBefore(reason) => return reason,
             // One that says done again and again must not keep the agent's one thread.
             Event::Output(_) | Event::Done => sleep(Duration::from_millis(1)).await,
         }

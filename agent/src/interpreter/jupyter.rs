@@ -58,6 +58,13 @@ struct Cell {
     has_failed: bool,
 }
 
+/// Where something came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channel {
+    Iopub,
+    Shell,
+}
+
 type Tail = Arc<Mutex<Vec<u8>>>;
 
 impl JupyterKernel {
@@ -125,9 +132,12 @@ impl JupyterKernel {
             }
             let message = tokio::select! {
                 biased;
-                message = self.iopub.receive() => message,
-                message = self.shell.receive() => message,
-                exit = self.process.ended() => return Event::Died(format!("{}{}", exit.status(), said(&self.tail))),
+                message = self.iopub.receive() => message.map_err(|error| (error, Channel::Iopub)),
+                message = self.shell.receive() => message.map_err(|error| (error, Channel::Shell)),
+                exit = self.process.ended() => {
+                    let status = exit.status();
+                    return self.died(status, None).await;
+                }
             };
             match message {
                 Ok(message) => {
@@ -136,14 +146,28 @@ impl JupyterKernel {
                     }
                 }
                 // The sockets end with the process, a moment before it is reaped.
-                Err(error) => {
+                Err((error, channel)) => {
                     let status = match timeout(PROBE_MAX, self.process.ended()).await {
                         Ok(exit) => exit.status(),
                         Err(_) => error.to_string(),
                     };
-                    return Event::Died(format!("{status}{}", said(&self.tail)));
+                    return self.died(status, (channel == Channel::Shell).then_some(error)).await;
                 }
             }
+        }
+    }
+
+    /// A socket whose reader ends with something unread in it is reset, and not just closed: the last thing in there is
+    /// the latest request. What has come from the kernel on this socket was taken, so that this is told next.
+    async fn died(&mut self, status: String, shell_error: Option<io::Error>) -> Event {
+        let ending = match shell_error {
+            Some(error) => Some(error),
+            None => timeout(PROBE_MAX, self.shell.receive()).await.ok().and_then(Result::err),
+        };
+        let reason = format!("{status}{}", said(&self.tail));
+        match ending.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionReset) {
+            true => Event::DiedBefore(reason),
+            false => Event::Died(reason),
         }
     }
 

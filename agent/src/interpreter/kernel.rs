@@ -20,6 +20,8 @@ pub(super) enum Event {
     Done,
     /// The kernel is gone, with the reason for people.
     Died(String),
+    /// The same, and the latest request was not read: no code of it has run.
+    DiedBefore(String),
 }
 
 /// Whether a cell counts and its outputs are wanted.
@@ -93,7 +95,8 @@ impl Kernel {
         }
     }
 
-    /// Hands over a cell. Not before the former one has ended.
+    /// Hands over a cell. Not before the former one has ended. An error says that the kernel has not got all of it, and so
+    /// runs none of it.
     pub(super) async fn begin(&mut self, code: &str, visibility: Visibility) -> io::Result<()> {
         match self {
             Kernel::Jupyter(kernel) => kernel.begin(code, visibility).await,
@@ -109,10 +112,10 @@ impl Kernel {
         }
     }
 
-    pub(super) fn has_ended(&mut self) -> bool {
+    pub(super) fn is_dead(&mut self) -> bool {
         match self {
-            Kernel::Jupyter(kernel) => kernel.process.has_ended(),
-            Kernel::Lines(kernel) => kernel.process.has_ended(),
+            Kernel::Jupyter(kernel) => kernel.process.is_dead(),
+            Kernel::Lines(kernel) => kernel.process.is_dead(),
         }
     }
 
@@ -163,7 +166,7 @@ async fn silently(kernel: &mut JupyterKernel, code: &str) -> io::Result<()> {
     kernel.begin(code, Visibility::Silent).await?;
     match kernel.next().await {
         Event::Done | Event::Output(_) => Ok(()),
-        Event::Died(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Event::Died(_) | Event::DiedBefore(_) => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

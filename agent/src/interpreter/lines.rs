@@ -111,7 +111,7 @@ impl LinesKernel {
                 Event::Done => return Ok(()),
                 Event::Output(Output::Printed { text, .. }) if said.len() < CHUNK_BYTES => said.push_str(&text),
                 Event::Output(_) => {}
-                Event::Died(status) => return Err(StartError::Ended { status, said }),
+                Event::Died(status) | Event::DiedBefore(status) => return Err(StartError::Ended { status, said }),
             }
         }
     }

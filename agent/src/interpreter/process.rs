@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, chown};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process_group, pidfd_send_signal};
 use tokio::sync::oneshot;
 
@@ -121,8 +122,15 @@ impl KernelProcess {
         let _ = pidfd_send_signal(&self.pidfd, Signal::URG);
     }
 
+    /// Whether it is dead, be it not reaped yet: it runs nothing of what is sent from now on.
+    pub(super) fn is_dead(&mut self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let is_dead = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0);
+        is_dead || self.has_ended()
+    }
+
     /// As far as the reaper knows by now.
-    pub(super) fn has_ended(&mut self) -> bool {
+    fn has_ended(&mut self) -> bool {
         if self.ended.is_none() {
             self.ended = match self.exit.try_recv() {
                 Ok(exit) => Some(exit),

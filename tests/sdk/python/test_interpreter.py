@@ -237,6 +237,15 @@ def test_a_dead_kernel_is_reported_and_the_next_cell_has_a_new_one(interpreter):
     interpreter.remove_code_context(context.id)
 
 
+def test_a_cell_that_ends_its_kernel_at_once_has_run_once(interpreter):
+    context = interpreter.create_code_context()
+    for _ in range(6):
+        code = "import os; f = os.open('/tmp/ran', os.O_CREAT | os.O_APPEND | os.O_WRONLY); os.write(f, b'x'); os.kill(os.getpid(), 9)"
+        assert interpreter.run_code(code, context=context).error.name == "ContextRestarting"
+    assert interpreter.files.read("/tmp/ran") == "x" * 6
+    interpreter.remove_code_context(context.id)
+
+
 def test_killing_the_sandbox_ends_the_cell(server):
     sandbox = Sandbox.create()
     threading.Timer(0.7, sandbox.kill).start()
