@@ -266,7 +266,7 @@ pub struct SnapshotRecord {
     pub key: DumpKey,
     /// Control secret of the agent in it (hex).
     pub control_secret: String,
-    /// Bytes of memory images.
+    /// Bytes of memory images; 0 of one that keeps files only.
     pub memory_bytes: ByteSize,
     /// Bytes of disk data.
     pub disk_bytes: ByteSize,
@@ -274,6 +274,13 @@ pub struct SnapshotRecord {
     pub created_at: OffsetDateTime,
     /// Whether everything is known to be on stable storage.
     pub synced: bool,
+}
+
+impl SnapshotRecord {
+    /// Whether there are processes to restore, and not only files to start cold on.
+    pub fn has_memory(&self) -> bool {
+        self.memory_bytes.bytes() > 0
+    }
 }
 
 /// One sample of what a sandbox uses.

@@ -23,7 +23,7 @@ pub use open::OpenError;
 use super::cgroup::Cgroups;
 use super::config::RuntimeConfig;
 use super::criu_binary::CriuBinary;
-use super::disk::Disks;
+use super::disk::{DiskError, DiskKind, Disks, copy_of_mounted, sync_mounted};
 use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::DiskNext;
@@ -37,6 +37,7 @@ use live::Live;
 use roots::Roots;
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -154,6 +155,19 @@ impl Runtime for Kernel {
 
     async fn dump(&self, request: DumpRequest) -> Result<Dumped, RuntimeError> {
         self.dump_sandbox(request).await
+    }
+
+    async fn copy_disk(&self, id: SandboxId, to: PathBuf) -> Result<(), RuntimeError> {
+        self.live(id)?;
+        if self.0.disks.kind() == DiskKind::Folder {
+            return Err(step(id, "copying its disk")(DiskError::NoCopies));
+        }
+        let copied = self.blocking(move |shared| {
+            let folder = shared.layout.sandbox(id);
+            sync_mounted(&folder)?;
+            copy_of_mounted(&folder, &to)
+        });
+        copied.await.map_err(step(id, "copying its disk"))
     }
 
     async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError> {

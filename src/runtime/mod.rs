@@ -257,6 +257,10 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
     /// the tasks stand still. Any failure leaves it running as it was. After `Stop` the sandbox holds what a stopped one holds: the disk, flushed.
     async fn dump(&self, request: DumpRequest) -> Result<Dumped, RuntimeError>;
 
+    /// Copies the disk of a running sandbox to a new file, as of one moment. Its processes go on; they wait for as long as
+    /// they write.
+    async fn copy_disk(&self, id: SandboxId, to: PathBuf) -> Result<(), RuntimeError>;
+
     /// What would keep it from being dumped now; empty when nothing would.
     async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError>;
 

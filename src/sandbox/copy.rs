@@ -7,7 +7,7 @@ use super::core::Core;
 use super::driver::Driver;
 use super::dump_folder::DumpFolder;
 use super::pause::{PauseFailure, snapshot_row};
-use crate::model::{BuildRecord, SandboxSpec, SandboxState, SnapshotId, SnapshotRecord};
+use crate::model::{BuildRecord, ByteSize, Keep, SandboxSpec, SandboxState, SnapshotId, SnapshotRecord};
 use crate::runtime::AfterDump;
 use crate::store::{snapshots, templates};
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ pub(super) struct CopySource {
     pub(super) boot_id: String,
     /// A disk that nobody writes.
     pub(super) disk: PathBuf,
-    /// Its memory; `None` of one that was paused without.
+    /// The row of its files, and of its memory if it has any; `None` of one that was paused without.
     pub(super) dump: Option<SnapshotRecord>,
     held: Held,
 }
@@ -60,14 +60,17 @@ impl Drop for Held {
 }
 
 impl Driver {
-    /// A source; of a paused sandbox with the receiver that ends when the source is not used any more.
-    pub(super) async fn copy(&mut self) -> Result<(CopySource, Option<oneshot::Receiver<()>>), PauseFailure> {
+    /// A source with memory, if there is any and it is to be kept; of a paused sandbox with the receiver that ends when the source is not used any more.
+    pub(super) async fn copy(&mut self, keep: Keep) -> Result<(CopySource, Option<oneshot::Receiver<()>>), PauseFailure> {
         let build_id = self.record.spec.build;
         let build = self.core.store.read(move |db| templates::build(db, build_id)).await?;
         let build = build.ok_or(PauseFailure::Gone)?;
         match self.record.state {
             SandboxState::Paused => self.hold_still(build).await,
-            SandboxState::Running => Ok((self.dump_for_copies(build).await?, None)),
+            SandboxState::Running => match keep {
+                Keep::Memory => Ok((self.dump_for_copies(build).await?, None)),
+                Keep::FilesOnly => Ok((self.copy_files(build).await?, None)),
+            },
             SandboxState::Creating
             | SandboxState::Pausing
             | SandboxState::Resuming
@@ -97,6 +100,32 @@ impl Driver {
         self.core.failpoints.pass("copy.renamed").await;
         let row = snapshot_row(&self.core, snapshot, &self.record, &dumped).await;
         tracing::info!(sandbox.id = %self.id, standstill_ms = dumped.standstill.as_millis(), "Dumped running sandbox {}", self.id);
+        let disk = folder.disk();
+        Ok(self.source(build, disk, Some(row), Held::Made { core: Arc::clone(&self.core), folder, keep: AtomicBool::new(false) }))
+    }
+
+    /// Nothing of what runs is looked at: what keeps memory from being dumped keeps no file from being copied.
+    async fn copy_files(&mut self, build: BuildRecord) -> Result<CopySource, PauseFailure> {
+        self.require_room().await?;
+        let id = SnapshotId::random();
+        let folder = DumpFolder::of(&self.core, id);
+        folder.make().await.map_err(|error| PauseFailure::Dump(Arc::new(error)))?;
+        let runtime = Arc::clone(&self.core.runtime);
+        if let Err(error) = self.serve_during(runtime.copy_disk(self.id, folder.disk())).await {
+            folder.remove().await;
+            return Err(error.into());
+        }
+        folder.put_in_place().await;
+        let row = SnapshotRecord {
+            id,
+            sandbox: self.id,
+            key: self.core.runtime.dump_key(),
+            control_secret: self.record.control_secret.clone(),
+            memory_bytes: ByteSize(0),
+            disk_bytes: ByteSize(folder.bytes().await),
+            created_at: self.core.clock.now(),
+            synced: false,
+        };
         let disk = folder.disk();
         Ok(self.source(build, disk, Some(row), Held::Made { core: Arc::clone(&self.core), folder, keep: AtomicBool::new(false) }))
     }

@@ -51,6 +51,7 @@ pub(super) enum Request {
         reply: Reply<Result<Connected, ConnectError>>,
     },
     Copy {
+        keep: Keep,
         reply: Reply<Result<CopySource, PauseError>>,
     },
     SetNetwork {
@@ -84,7 +85,7 @@ pub(super) enum Waiter {
     Create(Reply<Result<SandboxRecord, CreateError>>),
     Pause(Reply<Result<SandboxRecord, PauseError>>),
     Resume(ResumeAsk, Reply<Result<Connected, ConnectError>>),
-    Copy(Reply<Result<CopySource, PauseError>>),
+    Copy(Keep, Reply<Result<CopySource, PauseError>>),
     Network(NetworkPolicy, Reply<Result<(), NetworkError>>),
     Kill(Reply<()>),
 }
@@ -239,14 +240,18 @@ impl Driver {
     /// The source is handed over first; a paused sandbox then stays as it is until the source is dropped.
     async fn perform_copy(&mut self, ticket: Ticket) {
         let id = self.id;
-        let (answer, still) = match self.copy().await {
+        let keep = self.waiters.get(&ticket).into_iter().flatten().find_map(|waiter| match waiter {
+            Waiter::Copy(keep, _) => Some(*keep),
+            Waiter::Create(_) | Waiter::Pause(_) | Waiter::Resume(..) | Waiter::Network(..) | Waiter::Kill(_) => None,
+        });
+        let (answer, still) = match self.copy(keep.unwrap_or(Keep::Memory)).await {
             Ok((source, still)) => (Ok(source), still),
             Err(failure) => (Err(failure.error(id)), None),
         };
         let how = ended(&answer);
         let mut answer = Some(answer);
         self.settle(ticket, |waiter| match (waiter, answer.take()) {
-            (Waiter::Copy(reply), Some(answer)) => drop(reply.send(answer)),
+            (Waiter::Copy(_, reply), Some(answer)) => drop(reply.send(answer)),
             (other, _) => other.deny(id, Denied::Busy, SandboxState::Running),
         });
         if let Some(still) = still {
@@ -345,7 +350,7 @@ impl Driver {
         match request {
             Request::Pause { keep, reply } => self.ask(Verb::Pause(keep), Waiter::Pause(reply)).await,
             Request::Resume { ask, reply } => self.ask(Verb::Resume, Waiter::Resume(ask, reply)).await,
-            Request::Copy { reply } => self.ask(Verb::Copy, Waiter::Copy(reply)).await,
+            Request::Copy { keep, reply } => self.ask(Verb::Copy, Waiter::Copy(keep, reply)).await,
             Request::SetNetwork { policy, reply } => self.ask(Verb::Network, Waiter::Network(policy, reply)).await,
             Request::Kill { reason, reply } => self.accept_kill(reason, Some(reply)).await,
             Request::SetEnd { end, reply } => {
@@ -420,7 +425,7 @@ impl Driver {
                 let _caller_may_be_gone = reply.send(answer);
             }
             Waiter::Kill(reply) => drop(reply.send(())),
-            Waiter::Create(_) | Waiter::Pause(_) | Waiter::Copy(_) | Waiter::Network(..) => {
+            Waiter::Create(_) | Waiter::Pause(_) | Waiter::Copy(..) | Waiter::Network(..) => {
                 waiter.deny(self.id, Denied::Busy, self.record.state);
             }
         }
@@ -490,7 +495,7 @@ impl Driver {
     fn ask_of(&self, ticket: Ticket) -> ResumeAsk {
         let asks = self.waiters.get(&ticket).into_iter().flatten().filter_map(|waiter| match waiter {
             Waiter::Resume(ask, _) => Some(*ask),
-            Waiter::Create(_) | Waiter::Pause(_) | Waiter::Copy(_) | Waiter::Network(..) | Waiter::Kill(_) => None,
+            Waiter::Create(_) | Waiter::Pause(_) | Waiter::Copy(..) | Waiter::Network(..) | Waiter::Kill(_) => None,
         });
         let default = ResumeAsk { timeout: self.record.spec.lifecycle.timeout, on_timeout: None, keep: Keep::Memory };
         asks.reduce(|one, two| ResumeAsk { timeout: one.timeout.max(two.timeout), on_timeout: one.on_timeout.or(two.on_timeout), ..one })
@@ -558,8 +563,8 @@ impl Waiter {
             (Self::Pause(reply), Denied::NotRunning | Denied::InTransition | Denied::Busy) => {
                 drop(reply.send(Err(PauseError::InTransition { id, state })));
             }
-            (Self::Copy(reply), Denied::Gone) => drop(reply.send(Err(gone.into()))),
-            (Self::Copy(reply), Denied::AlreadyPaused | Denied::NotRunning | Denied::InTransition | Denied::Busy) => {
+            (Self::Copy(_, reply), Denied::Gone) => drop(reply.send(Err(gone.into()))),
+            (Self::Copy(_, reply), Denied::AlreadyPaused | Denied::NotRunning | Denied::InTransition | Denied::Busy) => {
                 drop(reply.send(Err(PauseError::InTransition { id, state })));
             }
             (Self::Network(_, reply), Denied::Gone) => drop(reply.send(Err(gone.into()))),

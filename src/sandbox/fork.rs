@@ -7,7 +7,7 @@ use super::driver::{Request, answered};
 use super::error::UnknownSandbox;
 use super::pause::PauseError;
 use super::snapshot::{SnapshotInfo, store_source};
-use crate::model::{EndReason, OnTimeout, SandboxId, SandboxRecord, SandboxSpec};
+use crate::model::{EndReason, Keep, OnTimeout, SandboxId, SandboxRecord, SandboxSpec};
 use futures_util::{StreamExt, stream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,7 +69,7 @@ pub type Copies = Vec<Result<SandboxRecord, CreateError>>;
 pub(super) async fn fork(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<Copies, ForkError> {
     let task_core = Arc::clone(core);
     to_its_end(core, id, async move {
-        let source = Arc::new(source_of(&task_core, id).await?);
+        let source = Arc::new(source_of(&task_core, id, Keep::Memory).await?);
         copies_of(&task_core, &source, fork).await
     })
     .await
@@ -79,7 +79,7 @@ pub(super) async fn fork(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<
 pub(super) async fn fork_and_store(core: &Arc<Core>, id: SandboxId, fork: Fork) -> Result<(Copies, Option<SnapshotInfo>), ForkError> {
     let task_core = Arc::clone(core);
     to_its_end(core, id, async move {
-        let source = Arc::new(source_of(&task_core, id).await?);
+        let source = Arc::new(source_of(&task_core, id, Keep::Memory).await?);
         let copies = copies_of(&task_core, &source, fork).await?;
         let stored = match copies.iter().any(Result::is_ok) {
             true => store_source(&task_core, id, &source, None).await?,
@@ -115,10 +115,10 @@ async fn copies_of(core: &Arc<Core>, source: &Arc<CopySource>, fork: Fork) -> Re
 }
 
 /// Asks the driver for a source of copies.
-pub(super) async fn source_of(core: &Core, id: SandboxId) -> Result<CopySource, PauseError> {
+pub(super) async fn source_of(core: &Core, id: SandboxId, keep: Keep) -> Result<CopySource, PauseError> {
     let handle = core.live(id)?;
     let (reply, answer) = oneshot::channel();
-    handle.requests.send(Request::Copy { reply }).await.map_err(|_| UnknownSandbox(id))?;
+    handle.requests.send(Request::Copy { keep, reply }).await.map_err(|_| UnknownSandbox(id))?;
     answered(id, answer).await
 }
 

@@ -203,11 +203,7 @@ impl Driver {
 
     /// Refuses before anything is touched: space, then what CRIU cannot write.
     pub(super) async fn require_dumpable(&mut self) -> Result<(), PauseFailure> {
-        let limit = self.core.config.snapshots_bytes_max;
-        let used = self.core.store.read(snapshots::bytes_used).await?;
-        if used >= limit {
-            return Err(PauseFailure::Space { used, limit });
-        }
+        self.require_room().await?;
         let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
         // A dump during a lazy restore's fill would silently lack pages.
         self.serve_during(runtime.filled(id)).await?;
@@ -217,6 +213,15 @@ impl Driver {
             (_, true) => Err(PauseFailure::Gone),
             (true, false) => Ok(()),
             (false, false) => Err(PauseFailure::NotDumpable(findings)),
+        }
+    }
+
+    pub(super) async fn require_room(&self) -> Result<(), PauseFailure> {
+        let limit = self.core.config.snapshots_bytes_max;
+        let used = self.core.store.read(snapshots::bytes_used).await?;
+        match used >= limit {
+            true => Err(PauseFailure::Space { used, limit }),
+            false => Ok(()),
         }
     }
 

@@ -274,8 +274,8 @@ impl Registry {
 
     /// Stores a copy of a running sandbox as a template of its own; the source goes on. A name that exists gets a new
     /// build. `name` was checked by the caller: `name` or `name:tag`, in lower case.
-    pub async fn snapshot(&self, id: SandboxId, name: Option<&str>) -> Result<SnapshotInfo, ForkError> {
-        let result = snapshot::snapshot(&self.core, id, name.map(ToOwned::to_owned)).await;
+    pub async fn snapshot(&self, id: SandboxId, name: Option<&str>, keep: Keep) -> Result<SnapshotInfo, ForkError> {
+        let result = snapshot::snapshot(&self.core, id, name.map(ToOwned::to_owned), keep).await;
         self.event(id, EventKind::Snapshot, &result);
         result
     }

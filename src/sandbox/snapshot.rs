@@ -1,7 +1,7 @@
 //! Stored snapshots: a copy of a running sandbox as a template of its own.
 //!
-//! A snapshot is a build whose dump is all there is: creating from it restores the dump on a copy of its disk. Names
-//! and tags are those of templates.
+//! A snapshot is a build whose dump is all there is: creating from it restores the dump on a copy of its disk, or starts
+//! cold there if it keeps files only. Names and tags are those of templates.
 
 use super::copy::CopySource;
 use super::core::Core;
@@ -10,7 +10,7 @@ use super::error::{StoreFailure, chain};
 use super::fork::{ForkError, source_of, to_its_end};
 use super::pause::{PauseError, sync_later};
 use crate::model::{
-    BuildId, BuildRecord, BuildSource, BuildState, ByteSize, SandboxId, SandboxState, SnapshotId, SnapshotRecord, TemplateId,
+    BuildId, BuildRecord, BuildSource, BuildState, ByteSize, Keep, SandboxId, SandboxState, SnapshotId, SnapshotRecord, TemplateId,
     TemplateRecord,
 };
 use crate::store::templates::StoredQuery;
@@ -63,17 +63,17 @@ pub struct SnapshotPage {
 }
 
 /// Stores a copy of a running sandbox. Goes on when the caller vanishes.
-pub(super) async fn snapshot(core: &Arc<Core>, id: SandboxId, name: Option<String>) -> Result<SnapshotInfo, ForkError> {
+pub(super) async fn snapshot(core: &Arc<Core>, id: SandboxId, name: Option<String>, keep: Keep) -> Result<SnapshotInfo, ForkError> {
     let task_core = Arc::clone(core);
-    to_its_end(core, id, async move { store_copy(&task_core, id, name).await }).await
+    to_its_end(core, id, async move { store_copy(&task_core, id, name, keep).await }).await
 }
 
-async fn store_copy(core: &Arc<Core>, id: SandboxId, name: Option<String>) -> Result<SnapshotInfo, ForkError> {
+async fn store_copy(core: &Arc<Core>, id: SandboxId, name: Option<String>, keep: Keep) -> Result<SnapshotInfo, ForkError> {
     let state = core.live(id).map_err(PauseError::from)?.view.borrow().record.state;
     if state != SandboxState::Running {
         return Err(PauseError::InTransition { id, state }.into());
     }
-    let source = source_of(core, id).await?;
+    let source = source_of(core, id, keep).await?;
     let stored = store_source(core, id, &source, name).await?;
     stored.ok_or_else(|| PauseError::InTransition { id, state: SandboxState::Paused }.into())
 }

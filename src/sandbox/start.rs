@@ -88,7 +88,7 @@ fn random_bytes<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// Whether creating from this build restores a dump: one that fits, or the only thing that a stored snapshot is.
+/// Whether creating from this build begins with a dump: one that fits, or the only thing that a stored snapshot is.
 pub(super) fn usable_dump(
     core: &Core,
     record: &SandboxRecord,
@@ -96,6 +96,10 @@ pub(super) fn usable_dump(
     dump: Option<SnapshotRecord>,
 ) -> Result<Option<SnapshotRecord>, StartError> {
     let Some(dump) = dump else { return Ok(None) };
+    // Files fit everywhere.
+    if !dump.has_memory() {
+        return Ok(Some(dump));
+    }
     // A dump holds mounts of a disk of this size; another size is a fresh disk and a cold start.
     if build.source == BuildSource::Recipe && record.spec.resources.disk != build.resources.disk {
         return Ok(None);
@@ -123,16 +127,19 @@ impl Prepared {
 
     /// A new sandbox from the dump of a build.
     pub(super) fn from_build_dump(core: &Core, record: &SandboxRecord, build: &BuildRecord, dump: &SnapshotRecord) -> Self {
-        let disk = DiskSource::PooledCopyOf(DumpFolder::of(core, dump.id).disk());
-        Self::from_dump(core, record, build, disk, dump)
+        let disk = DumpFolder::of(core, dump.id).disk();
+        match dump.has_memory() {
+            true => Self::from_dump(core, record, build, DiskSource::PooledCopyOf(disk), dump),
+            false => Self::cold(core, record, build, DiskSource::CopyOf(disk)),
+        }
     }
 
     /// A new sandbox as the copy of another.
     pub(super) fn from_copy(core: &Core, record: &SandboxRecord, source: &CopySource) -> Self {
         let disk = DiskSource::CopyOf(source.disk.clone());
         match &source.dump {
-            Some(dump) => Self::from_dump(core, record, &source.build, disk, dump),
-            None => Self::cold(core, record, &source.build, disk),
+            Some(dump) if dump.has_memory() => Self::from_dump(core, record, &source.build, disk, dump),
+            Some(_) | None => Self::cold(core, record, &source.build, disk),
         }
     }
 

@@ -3,9 +3,9 @@
 use crate::world::{World, eventually};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use stillbox::model::{Keep, SandboxSpec, SandboxState};
-use stillbox::runtime::Finding;
+use stillbox::model::{DumpKey, Keep, SandboxSpec, SandboxState};
 use stillbox::runtime::fake::Verb;
+use stillbox::runtime::{DiskSource, Finding, Runtime, StartFrom};
 use stillbox::sandbox::{CreateError, Fork, ForkError, PauseError, SnapshotQuery, Strictness, TokenKind};
 use stillbox::store::templates;
 
@@ -124,7 +124,7 @@ async fn a_snapshot_is_a_template_of_its_own_that_many_can_be_created_from() {
     let world = World::new().await;
     let id = world.create().await.id;
     world.mark(id, "kept");
-    let info = world.registry().snapshot(id, None).await.unwrap();
+    let info = world.registry().snapshot(id, None, Keep::Memory).await.unwrap();
     assert_eq!((info.sandbox, info.name.as_deref(), info.tag.as_str()), (id, None, "default"));
     world.mark(id, "changed");
     world.registry().kill(id).await.unwrap();
@@ -142,9 +142,9 @@ async fn a_snapshot_is_a_template_of_its_own_that_many_can_be_created_from() {
 async fn snapshots_are_listed_newest_first_by_source_name_and_page() {
     let world = World::new().await;
     let (one, two) = (world.create().await.id, world.create().await.id);
-    let first = world.registry().snapshot(one, Some("work")).await.unwrap();
-    let second = world.registry().snapshot(two, None).await.unwrap();
-    let third = world.registry().snapshot(one, Some("work:v2")).await.unwrap();
+    let first = world.registry().snapshot(one, Some("work"), Keep::Memory).await.unwrap();
+    let second = world.registry().snapshot(two, None, Keep::Memory).await.unwrap();
+    let third = world.registry().snapshot(one, Some("work:v2"), Keep::Memory).await.unwrap();
     assert_eq!((first.template, third.tag.as_str()), (third.template, "v2"));
     let ask = |query: SnapshotQuery| {
         let registry = world.registry();
@@ -175,6 +175,40 @@ async fn a_snapshot_of_a_paused_sandbox_is_denied() {
     let world = World::new().await;
     let id = world.create().await.id;
     world.registry().pause(id, Keep::Memory).await.unwrap();
-    let error = world.registry().snapshot(id, None).await.unwrap_err();
+    let error = world.registry().snapshot(id, None, Keep::Memory).await.unwrap_err();
     assert!(matches!(error, ForkError::Source(PauseError::InTransition { .. })), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_files_asks_nothing_of_the_processes_and_is_started_cold_anywhere() {
+    let world = World::new().await;
+    let id = world.create().await.id;
+    world.mark(id, "kept");
+    world.fake.set_findings(id, vec![Finding { pid: 7, command: "gdb".into(), reason: "traces pid 8".into() }]);
+    let dumps = || world.fake.calls().iter().filter(|(verb, _)| *verb == Verb::Dump).count();
+    let before = dumps();
+    let info = world.registry().snapshot(id, None, Keep::FilesOnly).await.unwrap();
+    assert_eq!(dumps(), before);
+    world.mark(id, "changed");
+    let here = world.fake.dump_key();
+    world.fake.set_dump_key(DumpKey { cpu_flags: "sse2".into(), ..here });
+    let (template, tag) = (info.template, info.tag.clone());
+    let build = world.store().read(move |db| templates::by_id(db, template)).await.unwrap().unwrap().tags[&tag];
+    let copy = world.registry().create(SandboxSpec { template, build, ..world.spec() }, None).await.unwrap();
+    assert_eq!(world.marks(copy.id), (None, "kept".into()));
+    let start = world.fake.start_request(copy.id).unwrap();
+    assert!(matches!((start.disk, start.from), (DiskSource::CopyOf(_), StartFrom::Cold { .. })));
+    let listed = world.registry().snapshots(SnapshotQuery { limit: 5, ..SnapshotQuery::default() }).await.unwrap();
+    assert_eq!(listed.snapshots, [info]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_files_that_cannot_be_copied_leaves_nothing() {
+    let world = World::new().await;
+    let id = world.create().await.id;
+    let before = world.snapshot_folders();
+    world.fake.fail_next(Verb::CopyDisk, "the disk is full");
+    let error = world.registry().snapshot(id, None, Keep::FilesOnly).await.unwrap_err();
+    assert!(matches!(error, ForkError::Source(PauseError::Dump { .. })), "{error}");
+    assert_eq!(world.snapshot_folders(), before);
 }

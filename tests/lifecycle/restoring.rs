@@ -201,7 +201,7 @@ async fn the_dump_of_a_fork_stays_until_all_copies_have_their_memory() {
 async fn a_snapshot_that_does_not_fit_this_machine_is_refused_by_name() {
     let world = World::new().await;
     let id = world.create().await.id;
-    let info = world.registry().snapshot(id, None).await.unwrap();
+    let info = world.registry().snapshot(id, None, Keep::Memory).await.unwrap();
     let here = world.fake.dump_key();
     world.fake.set_dump_key(DumpKey { cpu_flags: "sse2".into(), ..here });
     let (template, tag) = (info.template, info.tag);

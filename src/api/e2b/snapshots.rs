@@ -6,7 +6,7 @@ use super::super::error::ApiError;
 use super::ask::{self, Query, SandboxPath};
 use super::cursor::{self, NEXT_TOKEN};
 use super::{error, sandboxes, teams, wire};
-use crate::model::{SandboxId, SandboxState};
+use crate::model::{Keep, SandboxId, SandboxState};
 use crate::sandbox::{Fork, ListOrder, PauseError, SnapshotInfo, SnapshotQuery, Strictness};
 use axum::Json;
 use axum::extract::State;
@@ -46,12 +46,13 @@ pub(super) async fn create(
     SandboxPath(id): SandboxPath,
     OptionalJson(asked): OptionalJson<wire::NewSnapshot>,
 ) -> Result<(StatusCode, Json<wire::Snapshot>), ApiError> {
-    if asked.memory == Some(false) {
-        return Err(ApiError::not_served("a snapshot with memory: false", "leave the field out to keep the memory too"));
-    }
+    let keep = match asked.memory {
+        Some(false) => Keep::FilesOnly,
+        Some(true) | None => Keep::Memory,
+    };
     let name = asked.name.as_deref().map(snapshot_name).transpose()?;
     require_running(&state, id)?;
-    let snapshot = state.registry.snapshot(id, name.as_deref()).await?;
+    let snapshot = state.registry.snapshot(id, name.as_deref(), keep).await?;
     Ok((StatusCode::CREATED, Json(shown(snapshot))))
 }
 

@@ -11,7 +11,7 @@ use super::super::error::ApiError;
 use super::rules::DEFAULT_TIMEOUT_S;
 use super::sandboxes::{bounds, check_node};
 use super::wire;
-use crate::model::{OnTimeout, SandboxState};
+use crate::model::{Keep, OnTimeout, SandboxState};
 use crate::sandbox::{CreateError, Fork, ForkError, Full, Strictness};
 use axum::Json;
 use axum::extract::State;
@@ -76,7 +76,7 @@ pub(super) async fn commit(
     OptionalJson(asked): OptionalJson<wire::Commit>,
 ) -> Result<(StatusCode, Json<Template>), ApiError> {
     let name = asked.alias.as_deref().filter(|alias| !alias.is_empty()).map(snapshot_name).transpose()?;
-    let stored = state.registry.snapshot(id, name.as_deref()).await?;
+    let stored = state.registry.snapshot(id, name.as_deref(), Keep::Memory).await?;
     let template = templates::one(&state, stored.template).await?;
     // The beta clients take no null for the time of the last start.
     let last_spawned_at = template.last_spawned_at.or(Some(template.created_at));

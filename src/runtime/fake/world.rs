@@ -30,6 +30,8 @@ pub enum Verb {
     Destroy,
     /// [`Runtime::dump`].
     Dump,
+    /// [`Runtime::copy_disk`].
+    CopyDisk,
     /// [`Runtime::findings`].
     Findings,
     /// [`Runtime::usage`].
@@ -355,6 +357,11 @@ impl Runtime for Fake {
             AfterDump::KeepRunning => {}
         }
         Ok(dumped)
+    }
+
+    async fn copy_disk(&self, id: SandboxId, to: PathBuf) -> Result<(), RuntimeError> {
+        self.pass(Verb::CopyDisk, Some(id)).await?;
+        std::fs::copy(self.disk(id), to).map(drop).map_err(from_io(id, "copying the disk"))
     }
 
     async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError> {

@@ -1,6 +1,7 @@
 """Pause, resume, fork, snapshots: memory, processes and files stop, last, go on and multiply."""
 
 import concurrent.futures
+import inspect
 import os
 import subprocess
 import time
@@ -244,6 +245,36 @@ def test_an_open_sqlite_connection_goes_on_in_source_and_forks(sandbox):
     finally:
         for fork in forks:
             fork.kill()
+
+
+@pytest.mark.skipif("mode" not in inspect.signature(Sandbox.create_snapshot).parameters, reason="this SDK asks for no snapshots of files alone")
+def test_a_snapshot_of_files_alone_starts_cold(server):
+    source = Sandbox.create(timeout=120, envs={"ONLY": "the source's"})
+    start_counter(source)
+    pid, _, _ = counter(source)
+    boot_id = source.files.read("/proc/sys/kernel/random/boot_id")
+    source.files.write("/home/user/kept", "before")
+    snapshot = source.create_snapshot(name="files-alone", mode="filesystem")
+    assert source.is_running() and counter(source)[0] == pid
+    assert snapshot.snapshot_id in [each.snapshot_id for each in source.list_snapshots().next_items()]
+    source.files.write("/home/user/kept", "after")
+    copies = [Sandbox.create(snapshot.snapshot_id, timeout=120) for _ in range(2)]
+    try:
+        for copy in copies:
+            assert copy.files.read("/home/user/kept") == "before"
+            copy.files.write("/home/user/kept", copy.sandbox_id)
+            assert copy.files.read("/proc/sys/kernel/random/boot_id") != boot_id
+            assert copy.commands.run("pgrep -f '[c]ounter.py' || echo none; echo \"[$ONLY]\"").stdout == "none\n[]\n"
+        assert [copy.files.read("/home/user/kept") for copy in copies] == [copy.sandbox_id for copy in copies]
+        # They are sandboxes like any other: a snapshot of one with its memory too.
+        copies[0].pause()
+        copies[0].connect()
+        assert copies[0].files.read("/home/user/kept") == copies[0].sandbox_id
+    finally:
+        for copy in [source, *copies]:
+            copy.kill()
+    assert Sandbox.delete_snapshot(snapshot.snapshot_id) is True
+    assert Sandbox.delete_snapshot(snapshot.snapshot_id) is False
 
 
 def test_a_snapshot_outlives_its_source_and_makes_many(server):
