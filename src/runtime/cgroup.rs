@@ -291,6 +291,7 @@ impl Cgroup {
 
     /// Kills every process in it and waits until none is left. Succeeds when it does not exist.
     pub fn kill_all(&self) -> Result<(), CgroupError> {
+        self.thaw();
         let deadline = Instant::now() + EMPTY_TIME_MAX;
         for (_, folder) in &self.folders {
             loop {
@@ -306,6 +307,17 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// A helper that was killed may have left it frozen, and on v1 nobody who is frozen can be killed.
+    fn thaw(&self) {
+        for (_, folder) in &self.folders {
+            let file = folder.join("freezer.state");
+            if file.exists() {
+                // One that says no shows by its processes staying.
+                let _ = fs::write(file, "THAWED");
+            }
+        }
     }
 
     /// Removes it; nobody may be in it any more. Succeeds when it does not exist.

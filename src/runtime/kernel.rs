@@ -120,6 +120,7 @@ impl Runtime for Kernel {
             false => None,
         };
         let live = live.ok_or(RuntimeError::NotRunning { id })?;
+        self.undo_dump(id, kernel.init.pid).await;
         self.0.network.adopt(kernel.slot, id, network).await.map_err(step(id, "taking over the network slot"))?;
         self.insert(id, live);
         Ok(())

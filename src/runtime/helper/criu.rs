@@ -25,6 +25,7 @@ mod swrk;
 use crate::runtime::{AfterDump, GHOST_BYTES_MAX};
 use crate::sys::netns::{Netns, bring_loopback_up};
 use crate::sys::sock_diag;
+use frozen::Frozen;
 use images::ImageView;
 use nix::sched::CloneFlags;
 use place::Seat;
@@ -182,10 +183,24 @@ pub(crate) fn dump(options: &DumpOptions<'_>, mut on_frozen: impl FnMut() -> Res
         "post-dump" => on_frozen(),
         _ => Ok(()),
     });
-    match outcome {
+    let report = match outcome {
         Ok(_) => Ok(DumpReport { standstill: frozen_at.map_or(Duration::ZERO, |at| at.elapsed()) }),
         Err(error) => Err(undo(&mut swrk, options, error)),
-    }
+    };
+    journal::end(options.work).map_err(|source| CriuError::Folder { path: options.work.to_owned(), source })?;
+    report
+}
+
+/// Whether a dump with this work folder was begun by a helper that then died, and may have left something in the tasks.
+pub(crate) fn is_left_open(work: &Path) -> bool {
+    journal::is_open(work)
+}
+
+/// Undoes what a dump left whose helper and CRIU were both killed. The tasks of `cgroups` ran on meanwhile.
+pub(crate) fn undo_left_open(work: &Path, cgroups: &[PathBuf]) -> Result<(), CriuError> {
+    let cured = cure::cure(work, cgroups, Some(Frozen::freeze(cgroups)));
+    journal::end(work).map_err(|source| CriuError::Folder { path: work.to_owned(), source })?;
+    cured.map_err(|source| CriuError::Torn { log: work.join(Verb::Dump.log_name()), source })
 }
 
 /// A CRIU that fails undoes its work before it says so; what a killed one left is undone here.

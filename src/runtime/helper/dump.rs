@@ -3,13 +3,13 @@
 use super::super::disk::{DiskError, copy_of_mounted, sync_mounted};
 use super::super::{AfterDump, DUMPED_FILE, Dumped};
 use super::criu::{self, CriuError, DumpOptions, HookError, place};
+use super::undo::end_what_is_torn;
 use super::{AtWork, HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
-use crate::sys::process::{be_spared_by_the_oom_killer, go_before_others, kill, open_pidfd};
+use crate::sys::process::{be_spared_by_the_oom_killer, go_before_others};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -71,7 +71,7 @@ impl Operation for Dump {
             Ok(())
         });
         if let Err(CriuError::Torn { .. }) = &report {
-            self.end_what_is_torn();
+            end_what_is_torn(self.init);
         }
         let report = report.map_err(HelperStep::wrap("dumping"))?;
         let dumped = dumped.ok_or_else(|| HelperStep::new("dumping", "CRIU did not stop for the disk"))?;
@@ -80,13 +80,6 @@ impl Operation for Dump {
 }
 
 impl Dump {
-    /// Tasks that run foreign code are worth less than none: pid 1 goes, and the sandbox with its reason in the log.
-    fn end_what_is_torn(&self) {
-        let ended = open_pidfd(self.init).and_then(|init| kill(init.as_fd()));
-        // It was dead already.
-        drop(ended);
-    }
-
     /// The tasks ran on after the check; now they stand still.
     fn refuse_what_came_since_the_check(&self) -> Result<(), HookError> {
         let found = precheck::never_restored(self.init)?;

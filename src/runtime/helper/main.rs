@@ -5,6 +5,7 @@ use super::criu::lazy::{self, LazyPages};
 use super::dump::Dump;
 use super::prepare::Prepare;
 use super::restore::Restore;
+use super::undo::UndoDump;
 use super::{AtWork, HelperStep, Operation};
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -19,6 +20,7 @@ pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
         Restore::VERB => serve::<Restore>(),
         Dump::VERB => serve::<Dump>(),
         Prepare::VERB => serve::<Prepare>(),
+        UndoDump::VERB => serve::<UndoDump>(),
         "lazy-pages" => match LazyPages::from_arguments(arguments) {
             Some(lazy) => return lazy::serve(&lazy),
             None => Err(io::Error::other("lazy-pages wants the CRIU and the work folder")),

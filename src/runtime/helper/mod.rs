@@ -11,6 +11,7 @@ pub(crate) mod dump;
 pub mod main;
 pub(crate) mod prepare;
 pub(crate) mod restore;
+pub(crate) mod undo;
 pub(crate) mod warm;
 
 use super::layout::SandboxFolder;

@@ -9,6 +9,7 @@ use crate::runtime::helper::client::{HelperError, call};
 use crate::runtime::helper::container::{ColdStart, Limits};
 use crate::runtime::helper::dump::Dump;
 use crate::runtime::helper::restore::{Restore, Root};
+use crate::runtime::helper::undo::UndoDump;
 use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
@@ -208,6 +209,7 @@ impl Kernel {
             deadline: self.0.config.helper_time_max,
             folder,
         };
+        let init = live.kernel.init.pid;
         drop(live);
         let dumped = match self.helper(&dump).await {
             Ok(dumped) => dumped,
@@ -217,6 +219,7 @@ impl Kernel {
                 if let Err(error) = undone {
                     tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "The dump of sandbox {id} is not undone");
                 }
+                self.undo_dump(id, init).await;
                 return Err(step(id, "dumping its processes")(error));
             }
         };
@@ -230,6 +233,23 @@ impl Kernel {
             AfterDump::KeepRunning => {}
         }
         Ok(dumped)
+    }
+}
+
+impl Kernel {
+    /// Undoes what a helper and a CRIU that were both killed left in a sandbox's tasks. Nobody is at work on it.
+    pub(super) async fn undo_dump(&self, id: SandboxId, init: i32) {
+        let folder = self.0.layout.sandbox(id);
+        if !UndoDump::is_wanted(&folder) {
+            return;
+        }
+        let undo = UndoDump { folder, cgroup_folders: self.0.cgroups.of(id).folders(), init };
+        match self.helper(&undo).await {
+            Ok(()) => tracing::warn!(sandbox.id = %id, "Undid a dump of sandbox {id} whose helper and CRIU were killed"),
+            Err(error) => {
+                tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Could not undo a dump of sandbox {id}; it is ended");
+            }
+        }
     }
 }
 

@@ -16,12 +16,21 @@ const DONE: u32 = 3;
 
 /// A new journal, for CRIU to inherit.
 pub(super) fn begin(work: &Path) -> io::Result<File> {
-    let path = work.join(FILE);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    end(work)?;
+    OpenOptions::new().append(true).create(true).mode(0o600).open(work.join(FILE))
+}
+
+/// Whether a dump has neither come to its end nor been undone.
+pub(super) fn is_open(work: &Path) -> bool {
+    work.join(FILE).exists()
+}
+
+/// Nothing is left to undo.
+pub(super) fn end(work: &Path) -> io::Result<()> {
+    match std::fs::remove_file(work.join(FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
 }
 
 /// A process that CRIU was at work in when it ended.
