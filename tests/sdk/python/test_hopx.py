@@ -1,6 +1,10 @@
-"""HopX's unmodified Python SDK on the same server, and one sandbox seen with its SDK and with E2B's."""
+"""HopX's unmodified Python SDK on the same server, and one sandbox seen with its SDK and with E2B's.
+
+The number in a test's first line is that of the statement of HopX's connecting page in contract novita.md, A7.
+"""
 
 import asyncio
+import datetime
 import hmac
 import http.server
 import json
@@ -11,6 +15,7 @@ import urllib.request
 
 import pytest
 from hopx_ai import AsyncSandbox, Sandbox
+from hopx_ai._token_cache import _token_cache
 from hopx_ai.errors import (
     AgentError,
     AuthenticationError,
@@ -53,6 +58,7 @@ def call(access, method, path, body=None, token=None):
 
 
 def test_a_sandbox_lives_from_create_to_kill(access):
+    """43, 44: what the information says; an id that is gone."""
     sandbox = Sandbox.create(template="base", timeout_seconds=120, **access)
     info = sandbox.get_info()
     assert (info.status, info.template_name, info.public_host) == ("running", "base", access["base_url"])
@@ -68,6 +74,7 @@ def test_a_sandbox_lives_from_create_to_kill(access):
 
 
 def test_lists_have_pages_and_filters(access):
+    """44."""
     made = [Sandbox.create(template="base", timeout_seconds=60, **access) for _ in range(3)]
     try:
         ids = {sandbox.sandbox_id for sandbox in made}
@@ -87,6 +94,7 @@ def test_lists_have_pages_and_filters(access):
 
 
 def test_pause_keeps_memory_and_connect_resumes(access):
+    """40."""
     with Sandbox.create(template="base", timeout_seconds=120, **access) as sandbox:
         sandbox.commands.run("nohup sleep 1000 >/dev/null 2>&1 & echo $! > /workspace/pid")
         sandbox.pause()
@@ -100,6 +108,7 @@ def test_pause_keeps_memory_and_connect_resumes(access):
 
 
 def test_stop_keeps_files_and_start_boots_them(access):
+    """41, 42."""
     with Sandbox.create(template="base", timeout_seconds=120, **access) as sandbox:
         sandbox.commands.run("echo kept > /workspace/file; nohup sleep 1000 >/dev/null 2>&1 & echo $! > /workspace/pid")
         path = f"/v1/sandboxes/{sandbox.sandbox_id}"
@@ -116,6 +125,7 @@ def test_stop_keeps_files_and_start_boots_them(access):
 
 
 def test_timeouts_are_set_and_tokens_refreshed(access, shared):
+    """46: by hand; the old token stays good."""
     shared.set_timeout(200)
     assert 190 < shared.get_time_to_expiry() <= 200
     first = shared.get_token()
@@ -123,6 +133,17 @@ def test_timeouts_are_set_and_tokens_refreshed(access, shared):
     for token in (first, shared.get_token()):
         assert call(access, "GET", "/ping", token=token)[0] == 200
     assert shared.get_expiry_info().has_timeout and shared.is_healthy()
+
+
+def test_a_token_that_is_near_its_end_is_refreshed_by_the_client(access):
+    """39, 46: without being asked, before the call that needs it; by connect to a running one, too."""
+    with Sandbox.create(template="base", timeout_seconds=60, **access) as sandbox:
+        hours_left = lambda: (_token_cache[sandbox.sandbox_id].expires_at - datetime.datetime.now(datetime.timezone.utc)).total_seconds() / 3600
+        nearly_over = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=30)
+        for call in (lambda: sandbox, lambda: Sandbox.connect(sandbox.sandbox_id, **access)):
+            _token_cache[sandbox.sandbox_id].expires_at = nearly_over
+            assert call().commands.run("echo refreshed").stdout == "refreshed\n"
+            assert hours_left() > 24
 
 
 def test_templates_are_listed_and_shown(access):
@@ -156,6 +177,7 @@ def test_health_needs_no_key(access):
 
 
 def test_wrong_requests_are_told_what_is_wrong(access, shared):
+    """43, among others."""
     with pytest.raises(AuthenticationError, match="stillbox env"):
         Sandbox.list(api_key="hopx_live_wrong", base_url=access["base_url"])
     with pytest.raises(ValidationError, match="timeout_seconds is 0"):
@@ -412,12 +434,14 @@ def test_the_asynchronous_client_works_as_well(access):
 
 
 def test_one_sandbox_is_seen_with_both_sdks(access):
+    """45, 47: by REST the same sandbox."""
     from e2b import Sandbox as E2bSandbox
 
     made = E2bSandbox.create(timeout=60, envs={"A": "1"})
     try:
         made.files.write("/workspace/note", "from e2b")
         seen = Sandbox.connect(made.sandbox_id, **access)
+        assert call(access, "GET", f"/v1/sandboxes/{made.sandbox_id}")[1]["status"] == "running"
         assert seen.files.read("/workspace/note") == "from e2b"
         assert seen.commands.run("echo $A").stdout == "1\n"
         seen.env.set("B", "2")

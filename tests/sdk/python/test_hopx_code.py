@@ -15,6 +15,7 @@ def sandbox(access):
 
 
 def test_state_stays_and_is_shared_by_all_clients(access, sandbox):
+    """45."""
     assert sandbox.run_code("x = 41").success
     assert Sandbox.connect(sandbox.sandbox_id, **access).run_code("x += 1; print(x)").stdout == "42\n"
 

@@ -1,4 +1,4 @@
-"""HopX's SDKs as HopX's own page uses them: nothing configured but the key and the CA, the API at https://api.hopx.dev.
+"""HopX's SDKs as HopX's own page uses them (contract novita.md, A7 39-48): nothing configured but the key and the CA, the API at https://api.hopx.dev.
 
 The name leads to the test's server by `stillbox hosts`, in a world of the test's own; what nobody can write into
 /etc/hosts, the names of sandboxes, is answered by that world's resolver.
