@@ -8,7 +8,7 @@
 //! a switch of protocols (WebSockets) is passed on. Values of headers are secrets: nothing here logs them.
 
 use super::gate::{Gate, Target};
-use super::rewrite::RewriteError;
+use super::rewrite::{Channel, RewriteError};
 use super::services::View;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -232,7 +232,8 @@ impl Exchange {
         *request.version_mut() = Version::HTTP_11;
         remove_hop_by_hop(request.headers_mut());
         let secrets = Arc::clone(&self.gate.secrets.borrow());
-        self.view.rewrites.apply(&self.name, &secrets, request)?;
+        let channel = if self.tls.is_some() { Channel::Encrypted } else { Channel::Plain };
+        self.view.rewrites.apply(&self.name, channel, &secrets, request)?;
         let headers = request.headers_mut();
         if let Some(protocol) = protocol {
             headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));

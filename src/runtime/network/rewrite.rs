@@ -50,6 +50,15 @@ pub(super) struct Rewrites {
     secrets: Vec<String>,
 }
 
+/// How a request travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Channel {
+    /// TLS, to who proved to be the name.
+    Encrypted,
+    /// Whoever is on the way can read it.
+    Plain,
+}
+
 /// A request cannot be changed as its rule says.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RewriteError {
@@ -90,15 +99,16 @@ impl Rewrites {
     }
 
     /// Sets the headers of the name's rule, in place of all that the program sent under their names; then puts values in
-    /// place of placeholders, in headers and in the path.
-    pub(super) fn apply<B>(&self, name: &str, secrets: &Secrets, request: &mut Request<B>) -> Result<(), RewriteError> {
+    /// place of placeholders, in headers and in the path, where nobody on the way can read them: whether it is
+    /// encrypted, the program chooses.
+    pub(super) fn apply<B>(&self, name: &str, channel: Channel, secrets: &Secrets, request: &mut Request<B>) -> Result<(), RewriteError> {
         for (header, value) in self.rule(name).iter().flat_map(|rule| &rule.headers) {
             let unfit = || RewriteError::Header(header.clone());
             let header = HeaderName::from_bytes(header.as_bytes()).map_err(|_| unfit())?;
             let value = hidden(&secrets.fill(value)?).ok_or_else(unfit)?;
             request.headers_mut().insert(header, value);
         }
-        for secret in self.bound(name, secrets) {
+        for secret in self.bound(name, secrets).filter(|_| channel == Channel::Encrypted) {
             replace_in_headers(request.headers_mut(), secret);
             replace_in_path(request.uri_mut(), secret);
         }
@@ -162,7 +172,7 @@ mod tests {
 
     fn token(rewrites: &Rewrites, name: &str) -> Option<String> {
         let mut request = Request::new(());
-        rewrites.apply(name, &Secrets::default(), &mut request).unwrap();
+        rewrites.apply(name, Channel::Plain, &Secrets::default(), &mut request).unwrap();
         request.headers().get("x-token").map(|value| value.to_str().unwrap().to_owned())
     }
 
@@ -188,7 +198,7 @@ mod tests {
         for value in ["one", "two"] {
             request.headers_mut().append("authorization", HeaderValue::from_static(value));
         }
-        rewrites(&[("a.com", &[("Authorization", "Bearer s")])]).apply("a.com", &Secrets::default(), &mut request).unwrap();
+        rewrites(&[("a.com", &[("Authorization", "Bearer s")])]).apply("a.com", Channel::Plain, &Secrets::default(), &mut request).unwrap();
         assert_eq!(request.headers().get_all("authorization").iter().collect::<Vec<_>>(), ["Bearer s"]);
         assert_eq!(format!("{:?}", request.headers()), "{\"authorization\": Sensitive}", "never shown");
     }
@@ -205,17 +215,19 @@ mod tests {
     fn a_placeholder_becomes_the_value_for_the_secrets_hosts_and_for_policies_that_name_it() {
         let secrets = Secrets::of(vec![secret("key", "s-/1", &["api.com", "*.wild.com"]), secret("other", "o", &["api.com"])]);
         let rewrites = Rewrites::of(&NetworkPolicy { secrets: vec!["key".to_owned(), "gone".to_owned()], ..NetworkPolicy::default() });
-        let sent = |name: &str| {
+        let sent_by = |name: &str, channel: Channel| {
             let request =
                 Request::builder().uri("/p?k=placeholder_key").header("authorization", "Bearer placeholder_key placeholder_other");
             let mut request = request.body(()).unwrap();
-            rewrites.apply(name, &secrets, &mut request).unwrap();
+            rewrites.apply(name, channel, &secrets, &mut request).unwrap();
             (request.headers()["authorization"].to_str().unwrap().to_owned(), request.uri().to_string())
         };
+        let sent = |name: &str| sent_by(name, Channel::Encrypted);
         for name in ["api.com", "a.wild.com"] {
             assert_eq!(sent(name), ("Bearer s-/1 placeholder_other".to_owned(), "/p?k=s-%2F1".to_owned()), "{name}");
         }
         assert_eq!(sent("wild.com").1, "/p?k=placeholder_key");
+        assert_eq!(sent_by("api.com", Channel::Plain).0, "Bearer placeholder_key placeholder_other", "where others can read it");
         assert!(rewrites.concern("api.com", &secrets) && !rewrites.concern("wild.com", &secrets));
     }
 }

@@ -84,3 +84,28 @@ def test_who_is_not_answered_for_is_not_installed(named, tmp_path):
     result, after = apart(script, tmp_path, before)
     assert result.returncode == 0 and after == before, result
     assert "--set dns.names=api.us-phx-1.sandbox.novita.ai" in result.stderr and "no name server answers at" in result.stderr, result
+
+
+def test_systemd_resolved_is_told_of_the_names_that_lead_here_and_untold(named, tmp_path):
+    """With files as it has them and a systemctl that writes down what it is asked."""
+    stillbox = shlex.join(named.command())
+    systemctl = tmp_path / "bin" / "systemctl"
+    systemctl.parent.mkdir()
+    systemctl.write_text(f"#!/bin/sh\necho systemctl $* >> {tmp_path}/asked\n")
+    systemctl.chmod(0o755)
+    drop_in = "/etc/systemd/resolved.conf.d/stillbox.conf"
+    script = f"""
+        mount -t tmpfs none /run; mkdir -p /run/systemd/resolve; touch /run/systemd/resolve/resolv.conf
+        mkdir -p {tmp_path}/systemd {tmp_path}/work; mount -t overlay -o lowerdir=/etc,upperdir={tmp_path}/systemd,workdir={tmp_path}/work none /etc
+        mount --bind {tmp_path}/resolv.conf /etc/resolv.conf
+        export PATH={systemctl.parent}:$PATH
+        {stillbox} hosts --install --resolver
+        cat {drop_in} {tmp_path}/asked /etc/resolv.conf
+        {stillbox} hosts --remove
+        ls {drop_in} || echo gone
+    """
+    before = "nameserver 127.0.0.53\n"
+    result, after = apart(script, tmp_path, before)
+    assert f"DNS={named.dns}:53\nDomains=~box.stillbox.test ~api.hopx.dev\nsystemctl try-restart systemd-resolved\n{before}" in result.stdout, result
+    assert "gone" in result.stdout and after == before
+    assert (tmp_path / "asked").read_text().count("try-restart") == 2

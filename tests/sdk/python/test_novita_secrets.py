@@ -34,6 +34,8 @@ def test_a_bound_secret_reaches_its_hosts_and_nobody_inside(reaching, monkeypatc
 
     seen = fetched(NAME)
     assert seen["headers"]["authorization"] == "Bearer sk-real" and seen["path"] == "/q?key=sk-real"
+    unencrypted = json.loads(sandbox.commands.run(f'curl -sS -H "X-Key: $VENDOR_KEY" http://{NAME}/').stdout)
+    assert unencrypted["headers"]["x-key"] == made.placeholder, "not where others can read it"
     # Its certificate is not one that the sandbox trusts: nothing of ours is between.
     other = fetched("other.outside.test", insecure="-k")
     assert other["headers"]["authorization"] == f"Bearer {made.placeholder}"
