@@ -55,7 +55,7 @@ pub(super) enum Request {
         reply: Reply<Result<CopySource, PauseError>>,
     },
     SetNetwork {
-        policy: NetworkPolicy,
+        policy: Box<NetworkPolicy>,
         reply: Reply<Result<(), NetworkError>>,
     },
     Adjust {
@@ -86,7 +86,7 @@ pub(super) enum Waiter {
     Pause(Reply<Result<SandboxRecord, PauseError>>),
     Resume(ResumeAsk, Reply<Result<Connected, ConnectError>>),
     Copy(Keep, Reply<Result<CopySource, PauseError>>),
-    Network(NetworkPolicy, Reply<Result<(), NetworkError>>),
+    Network(Box<NetworkPolicy>, Reply<Result<(), NetworkError>>),
     Kill(Reply<()>),
 }
 
@@ -264,7 +264,7 @@ impl Driver {
         let Some(Waiter::Network(policy, reply)) = self.waiters.remove(&ticket).and_then(|mut waiters| waiters.pop()) else {
             return self.queue.ended(Ended::Failed);
         };
-        let result = self.set_network(policy).await;
+        let result = self.set_network(*policy).await;
         self.queue.ended(ended(&result));
         let _caller_may_be_gone = reply.send(result);
     }

@@ -306,6 +306,7 @@ impl Registry {
 
     /// Replaces the egress half of its network policy.
     pub async fn set_network(&self, id: SandboxId, policy: NetworkPolicy) -> Result<(), NetworkError> {
+        let policy = Box::new(policy);
         self.ask(id, |reply| Request::SetNetwork { policy, reply }).await
     }
 
