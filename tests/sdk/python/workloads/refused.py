@@ -5,6 +5,7 @@ import errno
 import os
 import platform
 import signal
+import socket
 
 from .ground import as_root, call, child, libc, place
 
@@ -98,6 +99,9 @@ def attempts():
         "userfaultfd": attempt(lambda: libc.syscall(numbers[0], 1)),
         "clone3": attempt(lambda: libc.syscall(435, nothing, 64)),
     }
+    # The machine's hypervisor, the kernel's ciphers, a neighbour by radio: anything but unix, inet, netlink and packet.
+    for family in (getattr(socket, "AF_VSOCK", 40), 38, 29, 31, 44, 1 << 20):
+        tried[f"socket {family}"] = attempt(lambda: libc.socket(family, socket.SOCK_STREAM, 0))
     for name, flag in NAMESPACES.items():
         tried[f"unshare {name}"] = attempt(lambda: libc.unshare(flag))
         if name != "time":  # whose bit means something else to clone
