@@ -141,8 +141,7 @@ fn mount_disk(plan: &RootPlan, userns: BorrowedFd<'_>) -> Result<(), RootError> 
 /// synced then. With them each file that an init copies up would wait for the host's disk, and for whoever else writes.
 fn mount_image(image: &Path) -> Result<OwnedFd, RootError> {
     let attempt = || {
-        let file = fs::OpenOptions::new().read(true).write(true).open(image)?;
-        let device = LoopDevice::attach(&file)?;
+        let device = LoopDevice::attach(&open_nameless(image)?)?;
         let disk = NewFilesystem::open(c"ext4")?;
         disk.set(c"source", &device.path())?;
         disk.flag(c"noinit_itable")?;
@@ -152,6 +151,14 @@ fn mount_image(image: &Path) -> Result<OwnedFd, RootError> {
         disk.create()
     };
     attempt().map_err(failed("mount the file system in", image))
+}
+
+/// Opens `image` through a mount of its folder that is attached nowhere: every sandbox may read in sysfs which file is
+/// behind each loop device, and in this way that is `/disk.img` and not the id of its neighbour.
+fn open_nameless(image: &Path) -> io::Result<File> {
+    let (Some(folder), Some(name)) = (image.parent(), image.file_name()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let folder = clone_mount(folder)?;
+    open_beneath(folder.as_fd(), Path::new(name), libc::O_RDWR).map(File::from)
 }
 
 /// A cold boot finds no device, shared memory or terminal of the last one, as after any reboot, and nothing but folders

@@ -104,10 +104,8 @@ pub fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
 
 /// N of a loop device that has `image` behind it; `None` when there is none or the image does not exist.
 pub fn holder_of(image: &Path) -> io::Result<Option<u32>> {
-    if !image.exists() {
-        return Ok(None);
-    }
-    for (number, _) in below(image)? {
+    let Some(name) = image.file_name().filter(|_| image.exists()) else { return Ok(None) };
+    for number in with_file_called(Path::new(name))? {
         if is_attached(number, image)? {
             return Ok(Some(number));
         }
@@ -115,18 +113,18 @@ pub fn holder_of(image: &Path) -> io::Result<Option<u32>> {
     Ok(None)
 }
 
-/// The loop devices whose file lies below `folder`, deleted files included: number and file.
-pub fn below(folder: &Path) -> io::Result<Vec<(u32, PathBuf)>> {
+/// The loop devices whose file has this name, wherever it is: sysfs shows the path within the mount that the file was
+/// opened through, which may be one of its folder alone.
+fn with_file_called(name: &Path) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/sys/block")?.flatten() {
-        let name = entry.file_name();
-        let Some(number) = name.to_str().and_then(|name| name.strip_prefix("loop")).and_then(|n| n.parse().ok()) else {
+        let device = entry.file_name();
+        let Some(number) = device.to_str().and_then(|device| device.strip_prefix("loop")).and_then(|n| n.parse().ok()) else {
             continue;
         };
         let Ok(file) = std::fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
-        let file = PathBuf::from(file.trim_end_matches('\n').trim_end_matches(" (deleted)"));
-        if file.starts_with(folder) {
-            found.push((number, file));
+        if Path::new(file.trim_end_matches('\n')).ends_with(name) {
+            found.push(number);
         }
     }
     Ok(found)

@@ -10,6 +10,7 @@ use stillbox::runtime::config::RuntimeConfig;
 use stillbox::runtime::kernel::Kernel;
 use stillbox::runtime::network::NetworkConfig;
 use stillbox::runtime::{DiskSource, Runtime, StartFrom, StartRequest};
+use stillbox::sys::loop_device::holder_of;
 
 /// The layer that sandboxes of these tests have.
 const LAYER: &str = "busybox";
@@ -100,11 +101,9 @@ impl Machine {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         let below = sandboxes.to_string_lossy().into_owned() + "/";
         traces.extend(mounts.lines().filter(|line| line.contains(&below)).map(|line| format!("mount {line}")));
-        for entry in std::fs::read_dir("/sys/block").unwrap().flatten() {
-            let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-            if file.contains(&below) && !file.contains("(deleted)") {
-                traces.push(format!("loop device {:?} of {file}", entry.file_name()));
-            }
+        for entry in std::fs::read_dir(&sandboxes).into_iter().flatten().flatten() {
+            let number = holder_of(&entry.path().join("disk.img")).unwrap();
+            traces.extend(number.map(|number| format!("loop device {number} of {}", entry.path().display())));
         }
         let cgroups = Command::new("find")
             .args(["/sys/fs/cgroup", "-type", "d", "-path", &format!("*stillbox-{}/*", self.instance)])

@@ -9,6 +9,7 @@ use stillbox::model::SandboxId;
 use stillbox::runtime::config::RuntimeConfig;
 use stillbox::runtime::kernel::Kernel;
 use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, StartFrom, StartRequest};
+use stillbox::sys::loop_device::holder_of;
 
 const POOL: usize = 2;
 
@@ -43,9 +44,10 @@ fn traces(machine: &Machine) -> Vec<String> {
     let below = machine.data_dir().join("roots").to_string_lossy().into_owned() + "/";
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mounts = mounts.lines().filter(|line| line.contains(&below)).map(|line| format!("mount {line}"));
-    let loops = std::fs::read_dir("/sys/block").unwrap().flatten().filter_map(|entry| {
-        let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
-        file.contains(&below).then(|| format!("loop device of {file}"))
+    let loops = roots(machine).into_iter().filter_map(|name| {
+        let image = machine.data_dir().join("roots").join(name).join("disk.img");
+        let number = holder_of(&image).unwrap()?;
+        Some(format!("loop device {number} of {}", image.display()))
     });
     mounts.chain(loops).chain(roots(machine)).collect()
 }

@@ -148,6 +148,9 @@ fn two_sandboxes_share_neither_ids_nor_files() {
         run(&kernel, one, "echo mine > /root/file; echo changed >> /etc/passwd").await;
         assert_ne!(run(&kernel, two, "cat /root/file").await.code, 0);
         assert!(!run(&kernel, two, "cat /etc/passwd").await.text.contains("changed"));
+        // An id is half of a public URL: nobody learns a neighbour's from what the kernel tells of its disk.
+        let disks = run(&kernel, two, "cat /sys/block/loop*/loop/backing_file").await.text;
+        assert!(disks.contains("disk.img") && !disks.contains(one.as_str()), "{disks}");
         for id in [one, two] {
             kernel.destroy(id).await.unwrap();
         }

@@ -109,7 +109,8 @@ impl Shared {
         }
     }
 
-    /// Every sandbox of this instance that has a folder, a cgroup, a mount or a loop device.
+    /// Every sandbox of this instance that has a folder, a cgroup or a mount. A loop device has one of them: its image lies in
+    /// the folder, and without a mount it is given back by itself.
     fn sandboxes_with_traces(&self) -> BTreeSet<SandboxId> {
         let sandboxes = self.layout.sandboxes();
         let of_path = |path: &Path| path.strip_prefix(&sandboxes).ok()?.iter().next()?.to_str()?.parse().ok();
@@ -117,8 +118,6 @@ impl Shared {
         let mut found: BTreeSet<SandboxId> = folders.chain(self.cgroups.sandboxes()).collect();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         found.extend(mounts.lines().filter_map(|line| mount_point(line.as_bytes())).filter_map(|path| of_path(&path)));
-        let loops = loop_device::below(&sandboxes).unwrap_or_default();
-        found.extend(loops.iter().filter_map(|(_, path)| of_path(path)));
         found
     }
 }

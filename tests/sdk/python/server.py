@@ -156,12 +156,11 @@ class Server:
         for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines():
             if str(self.data_dir / "sandboxes") in line:
                 found.append("mount " + line.split()[4])
-        for backing in pathlib.Path("/sys/block").glob("loop*/loop/backing_file"):
-            try:
-                if str(self.data_dir / "sandboxes") in (file := backing.read_text()):
-                    found.append(f"loop device {backing} of {file.strip()}")
-            except OSError:
-                pass  # detached while we looked
+        images = {str(image.stat().st_ino): image for image in (self.data_dir / "sandboxes").glob("*/disk.img")}
+        held = subprocess.run(["losetup", "--list", "--noheadings", "--output", "NAME,BACK-INO"], capture_output=True, text=True, check=True)
+        for device, inode in (line.split() for line in held.stdout.splitlines() if len(line.split()) == 2):
+            if inode in images:
+                found.append(f"loop device {device} of {images[inode]}")
         for root, folders, _ in os.walk("/sys/fs/cgroup"):
             found += [f"cgroup {root}/{name}" for name in folders if instance in name and "/" not in name and is_sandbox(name)]
         for folder in (self.data_dir / "sandboxes").glob("*"):
