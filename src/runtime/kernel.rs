@@ -14,6 +14,7 @@
 mod live;
 mod open;
 mod orphans;
+mod pools;
 mod release;
 mod roots;
 mod start;

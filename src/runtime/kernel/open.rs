@@ -1,7 +1,7 @@
 //! What a server does once: folders, the shared mount, programs, pools.
 
 use super::roots::Roots;
-use super::{Kernel, Shared, orphans};
+use super::{Kernel, Shared, orphans, pools};
 use crate::model::{DumpKey, InstanceId};
 use crate::runtime::agent::{self, AgentLayerError};
 use crate::runtime::cgroup::{CgroupError, Cgroups};
@@ -90,6 +90,7 @@ fn open_data_dir(data_dir: &Path) -> Result<Layout, OpenError> {
 fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, network: Network) -> Result<Shared, OpenError> {
     // Sandboxes' first processes become ours when their helper ends, so that their exit status reaches us.
     nix::sys::prctl::set_child_subreaper(true).map_err(|errno| wrong("become the subreaper for", layout.data_dir())(errno.into()))?;
+    pools::widen();
     let disks = Disks::open(layout.clone(), config.disk_driver, config.disk_free_min);
     if disks.kind() == DiskKind::Folder {
         tracing::warn!(
