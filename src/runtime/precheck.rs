@@ -28,6 +28,15 @@ const FINDINGS_MAX: usize = 20;
 /// Open files looked at; a sandbox with more is refused rather than half checked.
 const FDS_MAX: usize = 200_000;
 
+/// Processes of a dump: each costs it some 20 ms, during which all stand still, and a restore some memory of the sandbox's.
+const PROCESSES_MAX: usize = 1000;
+
+/// Pieces of shared memory: CRIU writes a file for each, ever more slowly (2000 take 1 s, 8000 take 9, 60,000 minutes).
+const SHARED_MEMORY_MAX: usize = 4000;
+
+/// Of one process's table of mappings, which is the sandbox's to fill.
+const MAPS_BYTES_MAX: u64 = 32 << 20;
+
 /// Mount tables are the sandbox's to fill.
 const MOUNTINFO_BYTES_MAX: usize = 4 << 20;
 
@@ -62,6 +71,9 @@ struct Check {
     mount_namespaces: BTreeSet<PathBuf>,
     mount_ids: HashSet<u64>,
     fds_left: usize,
+    processes_left: usize,
+    /// Device and inode of each.
+    shared_memory: HashSet<(String, u64)>,
     findings: Vec<Finding>,
 }
 
@@ -84,6 +96,8 @@ impl Check {
             mount_namespaces: BTreeSet::new(),
             mount_ids: HashSet::new(),
             fds_left: FDS_MAX,
+            processes_left: PROCESSES_MAX,
+            shared_memory: HashSet::new(),
             findings: Vec::new(),
         })
     }
@@ -139,9 +153,15 @@ impl Check {
             return Ok(Vec::new());
         }
         let mut reasons: Vec<String> = judge::tracer(&status).into_iter().collect();
+        if self.processes_left == 0 {
+            self.report(1, "the sandbox", format!("has more than {PROCESSES_MAX} processes; end some first"));
+            return Ok(Vec::new());
+        }
+        self.processes_left -= 1;
         self.namespaces(&proc, &mut reasons);
         self.mounts(pid, &proc, &mut reasons)?;
         self.fds(&proc, &mut reasons)?;
+        self.mappings(&proc, &mut reasons)?;
         let mut found = Vec::new();
         for task in fs::read_dir(proc.join("task"))?.flatten() {
             if let Ok(thread) = read_status(&task.path()) {
@@ -184,6 +204,21 @@ impl Check {
             let Some(facts) = read_fd(proc, &entry.path()) else { continue };
             let reason = judge::fd(&facts, &self.mount_ids, self.namespaces.values());
             reasons.extend(reason.filter(|reason| !reasons.contains(reason)));
+        }
+        Ok(())
+    }
+
+    /// Counts shared memory over all processes.
+    fn mappings(&mut self, proc: &Path, reasons: &mut Vec<String>) -> io::Result<()> {
+        use io::{BufRead, Read};
+        let maps = io::BufReader::new(fs::File::open(proc.join("maps"))?.take(MAPS_BYTES_MAX));
+        for line in maps.split(b'\n') {
+            let line = line?;
+            self.shared_memory.extend(parse::shared_memory(&String::from_utf8_lossy(&line)));
+            if self.shared_memory.len() > SHARED_MEMORY_MAX {
+                reasons.push(format!("brings the pieces of shared memory in the sandbox to more than {SHARED_MEMORY_MAX}"));
+                return Ok(());
+            }
         }
         Ok(())
     }

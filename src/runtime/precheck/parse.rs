@@ -53,6 +53,14 @@ fn unreadable(line: &str) -> Mount {
     Mount { id: 0, device: String::new(), point: line.chars().take(60).collect(), kind: "unreadable".to_owned() }
 }
 
+/// Device and inode of a line of `maps`, if it is memory that CRIU writes to a file of its own: shared, and of no disk.
+pub(super) fn shared_memory(line: &str) -> Option<(String, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (permissions, device) = (fields.nth(1)?, fields.nth(1)?);
+    let inode = fields.next()?.parse().ok()?;
+    (permissions.ends_with('s') && device.starts_with("00:")).then(|| (device.to_owned(), inode))
+}
+
 /// `mnt_id` of an fdinfo file.
 pub(super) fn mount_id(fdinfo: &str) -> Option<u64> {
     fdinfo.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
@@ -97,6 +105,15 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_told_from_files_and_shared_from_private() {
+        let shared = "7f0000000000-7f0000001000 rw-s 00000000 00:01 4711                       /dev/zero (deleted)";
+        assert_eq!(shared_memory(shared), Some(("00:01".to_owned(), 4711)));
+        assert_eq!(shared_memory("7f0000000000-7f0000001000 rw-p 00000000 00:00 0 "), None);
+        assert_eq!(shared_memory("7f0000000000-7f0000001000 rw-s 00000000 07:03 12 /home/user/db"), None);
+        assert_eq!(shared_memory("7f00"), None);
+    }
+
+    #[test]
     fn a_cut_line_is_not_passed_over() {
         assert_eq!(mountinfo("45 40 0:52 /")[0].kind, "unreadable");
     }
@@ -111,7 +128,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_makes_a_parser_panic(text: String) {
-            let _ = (status(&text), mountinfo(&text), mount_id(&text));
+            let _ = (status(&text), mountinfo(&text), mount_id(&text), shared_memory(&text));
             prop_assert!(printable(&text).chars().all(|c| !c.is_control()));
         }
     }
