@@ -49,6 +49,12 @@ pub enum LayerError {
         /// What it is.
         kind: &'static str,
     },
+    /// Folders within folders without an end in sight.
+    #[error("folders are nested deeper than {DEPTH_MAX} below {}", path.display())]
+    TooDeep {
+        /// Inside the layer, its beginning.
+        path: PathBuf,
+    },
     /// The files are not those that the id names.
     #[error("layer {expected} turned out to be {found}; the archive is damaged or was changed")]
     Mismatch {
@@ -58,6 +64,19 @@ pub enum LayerError {
         found: String,
     },
 }
+
+/// Folders within one another. Layers are walked folder in folder, and a build step that nested them without end would use
+/// up the server's stack.
+pub(super) const DEPTH_MAX: usize = 256;
+
+/// Refuses a folder of a layer, by its path inside, that lies too deep.
+pub(super) fn check_depth(inside: &Path) -> Result<(), LayerError> {
+    let head = || inside.components().take(SHOWN_OF_DEEP).collect();
+    if inside.components().nth(DEPTH_MAX).is_some() { Err(LayerError::TooDeep { path: head() }) } else { Ok(()) }
+}
+
+/// Folders of a path that is too deep that are told.
+const SHOWN_OF_DEEP: usize = 8;
 
 pub(super) fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayerError {
     let path = path.to_owned();
@@ -217,6 +236,7 @@ fn pack_entry<W: Write>(rootfs: &Path, inside: &Path, first_names: &mut FirstNam
     let kind = metadata.file_type();
     let failed = io_error("pack", &on_disk);
     if kind.is_dir() {
+        check_depth(inside)?;
         append_records(attributes_of(&on_disk)?, tar).map_err(io_error("pack", &on_disk))?;
         header.set_entry_type(tar::EntryType::Directory);
         tar.append_data(&mut header, &name, io::empty()).map_err(failed)?;
@@ -383,6 +403,23 @@ mod tests {
         let error = incoming.commit(Some(&"0".repeat(64))).unwrap_err();
         assert!(matches!(error, LayerError::Mismatch { .. }), "{error}");
         assert_eq!(fs::read_dir(data_dir.path().join("layers")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn folders_without_end_are_refused_and_removed() {
+        let data_dir = tempfile::tempdir().unwrap();
+        let incoming = Incoming::new(data_dir.path()).unwrap();
+        // As deep as a path can name.
+        let levels = (4096 - incoming.rootfs().as_os_str().len() - 2) / 2;
+        fs::create_dir_all(incoming.rootfs().join("a/".repeat(levels))).unwrap();
+        let error = incoming.commit(None).unwrap_err();
+        assert!(matches!(error, LayerError::TooDeep { .. }), "{error}");
+        assert_eq!(error.to_string(), "folders are nested deeper than 256 below a/a/a/a/a/a/a/a");
+        assert_eq!(fs::read_dir(data_dir.path().join("layers")).unwrap().count(), 0);
+
+        let incoming = Incoming::new(data_dir.path()).unwrap();
+        fs::create_dir_all(incoming.rootfs().join("a/".repeat(DEPTH_MAX))).unwrap();
+        incoming.commit(None).unwrap();
     }
 
     #[test]

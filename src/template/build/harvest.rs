@@ -4,7 +4,7 @@
 //! a folder up when something in it changes, and what changed may be ours). A folder of a lower layer that was renamed
 //! comes with all that is in it: a layer that points into others would break when they are put together anew.
 
-use super::super::layer::{Incoming, LayerError, io_error};
+use super::super::layer::{Incoming, LayerError, check_depth, io_error};
 use super::super::lease::Lease;
 use super::super::whiteout::{is_gone, is_opaque, make_gone, make_opaque};
 use super::copier::{Copier, copy_facts};
@@ -97,6 +97,7 @@ impl Harvest<'_> {
     }
 
     fn child_folder(&mut self, path: &Path, metadata: &Metadata, target: &Path, inside: &Path, beneath: Beneath) -> Result<(), LayerError> {
+        check_depth(inside)?;
         let hides = is_opaque(path).map_err(io_error("read the attributes of", path))?;
         let redirect = xattr::get(path, REDIRECT).map_err(io_error("read the attributes of", path))?;
         let (beneath, is_whole) = match (hides, redirect) {
@@ -257,6 +258,16 @@ mod tests {
         let file = fs::metadata(layer.join("srv/new/file")).unwrap();
         assert_eq!((file.mode() & 0o7777, file.nlink()), (0o4755, 2));
         assert_eq!(fs::metadata(layer.join("opt")).unwrap().mode() & 0o7777, 0o700);
+    }
+
+    #[test]
+    fn folders_without_end_are_refused() {
+        let world = World::new(&[], &[]);
+        let levels = (4000 - world.upper().as_os_str().len()) / 2;
+        fs::create_dir_all(world.upper().join("a/".repeat(levels))).unwrap();
+        let lower = View::of_folders(Vec::new());
+        let error = layer_of(world.folder.path(), &world.upper(), &lower).unwrap_err();
+        assert!(matches!(error, LayerError::TooDeep { .. }), "{error}");
     }
 
     #[test]
