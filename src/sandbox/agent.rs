@@ -36,10 +36,8 @@ const CHUNK_BYTES: usize = 256 * 1024;
 const INIT_BYTES_MAX: usize = 4 * 1024;
 /// Bytes of one poll of the log.
 const LOG_BYTES_MAX: usize = 1024 * 1024;
-/// Bytes of one log message, and of one field.
+/// Bytes of one log message, and of a line's fields together: a sandbox's log is bounded in lines, 10,000 of them.
 const LOG_TEXT_MAX: usize = 8 * 1024;
-/// Fields of one log line.
-const LOG_FIELDS_MAX: usize = 32;
 
 /// Why the agent did not do as asked.
 #[derive(Debug, thiserror::Error)]
@@ -182,8 +180,18 @@ fn accepted(entry: wire::LogEntry, now: OffsetDateTime) -> LogEntry {
             wire::LogLevel::Error => LogLevel::Error,
         },
         message: cut(entry.message),
-        fields: entry.fields.into_iter().take(LOG_FIELDS_MAX).map(|(key, value)| (cut(key), cut(value))).collect::<BTreeMap<_, _>>(),
+        fields: fitting(entry.fields),
     }
+}
+
+/// As many fields as fit.
+fn fitting(fields: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut bytes = 0;
+    let fits = |(key, value): &(String, String)| {
+        bytes += key.len() + value.len();
+        bytes <= LOG_TEXT_MAX
+    };
+    fields.into_iter().take_while(fits).collect()
 }
 
 fn cut(mut text: String) -> String {
@@ -331,6 +339,14 @@ mod tests {
         assert_eq!(page.read_to, 9);
         let seen: Vec<_> = page.entries.iter().map(|entry| (entry.message.as_str(), entry.at)).collect();
         assert_eq!(seen, [("a", time::macros::datetime!(2026-01-02 03:00:01 UTC)), ("b", NOW)]);
+    }
+
+    #[test]
+    fn the_fields_of_a_line_are_bounded_together() {
+        let fields = (0..100).map(|number| (format!("{number:02}"), "x".repeat(1000))).collect();
+        let kept = fitting(fields);
+        assert_eq!(kept.len(), 8);
+        assert!(kept.contains_key("00") && kept.contains_key("07"));
     }
 
     #[test]
