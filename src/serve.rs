@@ -14,6 +14,7 @@ use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::build::{Builds, BuildsMeans};
 use crate::template::{self, Resolved, Templates, Thoroughness};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -90,6 +91,7 @@ pub fn run(config: Config) -> Result<(), ServeError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(ServeError::NotRoot);
     }
+    raise_open_files();
     let bound = Bound::bind(&config)?;
     make_data_dir(&config.data_dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(ServeError::Setup)?;
@@ -226,7 +228,7 @@ fn front(config: &Config) -> Front {
     if server.ip().is_unspecified() {
         server.set_ip(if server.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
     }
-    Front { domain: domain.to_owned(), port, server }
+    Front { domain: domain.to_owned(), port, server, connections_max: config.proxy.connections_max / 2 }
 }
 
 fn spawn_listeners(
@@ -263,6 +265,17 @@ fn start_resolver(config: &Config, bound: &mut Bound) -> Result<Option<Resolver>
         upstreams: config.runtime.network.dns_upstreams.clone(),
     };
     Resolver::start(settings, sockets).map(Some).map_err(ServeError::Setup)
+}
+
+/// A shell's 1024 open files are fewer than the connections that this server takes, and one sandbox alone may have several
+/// hundred into it. The hard limit is what the machine's owner allows.
+fn raise_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        warn!(error = &error as &dyn std::error::Error, "This server may open {soft} files only; sandboxes can use them up");
+    }
 }
 
 async fn wait_for_signal() -> Result<(), ServeError> {

@@ -56,7 +56,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::join;
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tracing::warn;
 
 /// How many times `pool_slots` may lie ready when many are given back at once: recycling is cheaper than making.
@@ -195,6 +195,8 @@ struct Shared {
     sockets: SocketFactory,
     upstreams: Arc<Upstreams>,
     secrets: watch::Sender<Arc<Secrets>>,
+    /// For connections of sandboxes to this server's own URLs.
+    front_places: Arc<Semaphore>,
     pool: Pool,
 }
 
@@ -223,8 +225,10 @@ impl Network {
         let front_port = config.front.as_ref().map(|front| front.port);
         let plan = SlotPlan { instance, home, pins, addresses, inner, gateway, mtu, private_exceptions, front_port };
         let upstreams = Arc::new(Upstreams::new(config.dns_upstreams.clone()));
+        let front_places = Arc::new(Semaphore::new(config.front.as_ref().map_or(0, |front| front.connections_max)));
         let pool = Pool::new(config.slots_max.min(host.addresses.slots()), found);
-        let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, secrets: watch::Sender::default(), pool });
+        let secrets = watch::Sender::default();
+        let shared = Arc::new(Shared { config, plan, host, links, sockets, upstreams, secrets, front_places, pool });
         shared.pool.spawn(Arc::clone(&shared).keep_filled());
         shared.pool.spawn(Arc::clone(&shared).keep_mended());
         Ok(Self { shared })
@@ -418,7 +422,8 @@ impl Shared {
     }
 
     async fn serve(&self, slot: &Slot, policy: &NetworkPolicy) -> Result<Services, NetworkError> {
-        let own = self.config.front.clone().map(|front| OwnNames { front, gateway: INNER_GATEWAY });
+        let places = || Arc::clone(&self.front_places);
+        let own = self.config.front.clone().map(|front| OwnNames { front, gateway: INNER_GATEWAY, places: places() });
         let means = Means { sockets: &self.sockets, interception: self.config.interception.as_ref(), secrets: &self.secrets };
         let started = Services::start(&slot.netns, policy, Arc::clone(&self.upstreams), own, means);
         started.await.map_err(step("starting a network slot's services"))

@@ -82,9 +82,9 @@ impl Services {
         let long_questions = listener(long_questions, DNS_PORT)?;
         let connections = listener(connections, GATE_PORT)?;
         let mut tasks = JoinSet::new();
-        if let Some(OwnNames { front, .. }) = &own {
-            let listener = listener(socket(SocketKind::TcpV4).await?, front.port)?;
-            tasks.spawn(front.clone().serve(listener, seen.clone()));
+        if let Some(own) = &own {
+            let listener = listener(socket(SocketKind::TcpV4).await?, own.front.port)?;
+            tasks.spawn(own.clone().serve(listener, seen.clone()));
         }
         let responder = Responder(SlotNames { upstreams: Arc::clone(&upstreams), own, view: seen.clone() });
         let gate = Gate {
