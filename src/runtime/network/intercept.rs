@@ -231,6 +231,10 @@ impl Exchange {
         *request.uri_mut() = request.uri().path_and_query().map_or_else(|| Uri::from_static("/"), |path| Uri::from(path.clone()));
         *request.version_mut() = Version::HTTP_11;
         remove_hop_by_hop(request.headers_mut());
+        // An absolute target may come with any Host beside it. Behind one address many may serve many names, each with a
+        // certificate: the other end must not take the request, secrets and all, for somebody else's.
+        let host = HeaderValue::from_str(&self.name).map_err(|_| RewriteError::Header(header::HOST.to_string()))?;
+        request.headers_mut().insert(header::HOST, host);
         let secrets = Arc::clone(&self.gate.secrets.borrow());
         let channel = if self.tls.is_some() { Channel::Encrypted } else { Channel::Plain };
         self.view.rewrites.apply(&self.name, channel, &secrets, request)?;

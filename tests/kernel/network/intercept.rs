@@ -137,6 +137,23 @@ fn rules(policy: NetworkPolicy, rules: &[(&str, &[(&str, &str)])]) -> NetworkPol
 }
 
 #[test]
+fn a_host_beside_an_absolute_target_leads_no_secret_elsewhere() {
+    in_own_world(async |world| {
+        let between = Between::open(&world).await;
+        let sandbox = world.sandbox(&between.network, &rules(open(), &[("secure.example", &[("X-Token", "s3cret")])])).await;
+        let mut stream = connect(&sandbox, &between.ours, SECURE, "secure.example");
+        let head = "GET https://secure.example/asked HTTP/1.1\r\nHost: attacker.example\r\nConnection: close\r\n\r\n";
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        // The end of TLS is not always told.
+        let _ = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8(answer).unwrap().to_lowercase();
+        assert!(answer.contains("x-token: s3cret") && answer.contains("host: secure.example"), "{answer}");
+        assert!(!answer.contains("attacker"), "{answer}");
+    });
+}
+
+#[test]
 fn headers_are_set_on_https_and_http_to_the_rules_domain_and_nowhere_else() {
     in_own_world(async |world| {
         let between = Between::open(&world).await;
