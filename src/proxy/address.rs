@@ -103,7 +103,7 @@ pub(super) enum AddressError {
     /// One of the two routing headers stands alone, or both are needed and absent.
     #[error("missing header {0}")]
     MissingHeader(&'static str),
-    /// A name below our domain that addresses nothing.
+    /// A name below our domain that addresses nothing, or two names.
     #[error("Invalid host")]
     InvalidHost,
     /// Not a number from 1 to 65535.
@@ -116,6 +116,10 @@ pub(super) enum AddressError {
 
 /// Decides who must answer.
 pub(super) fn destination(domain: &Domain, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Destination, AddressError> {
+    // RFC 9112, 3.2: who reads the other one than we do would be led elsewhere.
+    if headers.get_all(header::HOST).iter().nth(1).is_some() {
+        return Err(AddressError::InvalidHost);
+    }
     let host = host_of(uri, headers).to_ascii_lowercase();
     match place(domain, &host)? {
         Place::Api => Ok(Destination::ControlPlane),
@@ -277,6 +281,15 @@ mod tests {
 
     fn sandbox(port: u16) -> Result<Destination, AddressError> {
         Ok(Destination::Sandbox(Target::found(ID.parse().unwrap(), port)))
+    }
+
+    #[test]
+    fn two_hosts_are_none() {
+        let mut headers = HeaderMap::new();
+        headers.insert("host", "80-i0123456789abcdefghij.stillbox.localhost".parse().unwrap());
+        headers.append("host", "api.stillbox.localhost".parse().unwrap());
+        let decided = destination(&Domain::of("stillbox.localhost:3443"), &Method::GET, &Uri::from_static("/"), &headers);
+        assert_eq!(decided, Err(AddressError::InvalidHost));
     }
 
     #[test]

@@ -230,9 +230,15 @@ fn answered(
 
 /// The request as the sandbox sees it: addressed to itself, without the headers of the hop to us.
 fn rewritten(mut request: Request<Incoming>, door: &dyn Door, port: u16) -> Request<Incoming> {
+    // RFC 9112, 3.2.2: the authority of an absolute target is what counts, whatever Host says.
+    let authority = request.uri().authority().and_then(|authority| authority.as_str().rsplit('@').next());
+    let host = authority.and_then(|host| HeaderValue::try_from(host).ok());
     *request.uri_mut() = origin_form(request.uri());
     *request.version_mut() = Version::HTTP_11;
     let headers = request.headers_mut();
+    if let Some(host) = host {
+        headers.insert(header::HOST, host);
+    }
     remove_hop_by_hop(headers);
     // hyper has answered it towards the client as soon as the body is read.
     headers.remove(header::EXPECT);
