@@ -134,6 +134,8 @@ async fn a_reset_is_told_with_a_token_only_when_there_is_one() {
 #[tokio::test]
 async fn quota_events_templates_and_commits() {
     let world = world().await;
+    let never_started = world.answer("GET", "/v2/templates", None).await.body;
+    assert!(never_started["templates"][0]["lastSpawnedAt"].is_string(), "1.x reads no null: {never_started}");
     let created = world.answer("POST", "/sandboxes", Some(json!({"templateID": "base", "timeout": 300}))).await.body;
     world.call("novita/quota", "GET", "/sandboxes/quota", None).await;
     world.answer("POST", &format!("/sandboxes/{}/timeout", id(&created)), Some(json!({"timeout": 60}))).await;

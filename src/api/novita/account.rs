@@ -28,9 +28,15 @@ pub(super) async fn templates(State(state): State<ApiState>, query: Query) -> Re
     let total = all.len();
     let rows = usize::try_from(limit).unwrap_or(usize::MAX);
     let skipped = usize::try_from(page - 1_u32).unwrap_or(usize::MAX).saturating_mul(rows);
-    let templates = all.drain(skipped.min(total)..skipped.saturating_add(rows).min(total)).collect();
+    let templates = all.drain(skipped.min(total)..skipped.saturating_add(rows).min(total)).map(with_a_last_start).collect();
     let total_pages = u32::try_from(total.div_ceil(rows)).unwrap_or(u32::MAX);
     Ok(Json(wire::Templates { templates, total, page, limit, total_pages }))
+}
+
+/// The clients of 1.x take no null for the time of the last start: until the first one it is the time that it was made.
+pub(super) fn with_a_last_start(template: e2b::Template) -> e2b::Template {
+    let last_spawned_at = template.last_spawned_at.or(Some(template.created_at));
+    e2b::Template { last_spawned_at, ..template }
 }
 
 /// The template whose disk every sandbox has unless its own template says otherwise.

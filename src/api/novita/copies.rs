@@ -8,6 +8,7 @@ use super::super::e2b::snapshots::snapshot_name;
 use super::super::e2b::templates;
 use super::super::e2b::wire::Template;
 use super::super::error::ApiError;
+use super::account;
 use super::rules::DEFAULT_TIMEOUT_S;
 use super::sandboxes::{bounds, check_node};
 use super::wire;
@@ -78,7 +79,5 @@ pub(super) async fn commit(
     let name = asked.alias.as_deref().filter(|alias| !alias.is_empty()).map(snapshot_name).transpose()?;
     let stored = state.registry.snapshot(id, name.as_deref(), Keep::Memory).await?;
     let template = templates::one(&state, stored.template).await?;
-    // The beta clients take no null for the time of the last start.
-    let last_spawned_at = template.last_spawned_at.or(Some(template.created_at));
-    Ok((StatusCode::CREATED, Json(Template { last_spawned_at, ..template })))
+    Ok((StatusCode::CREATED, Json(account::with_a_last_start(template))))
 }
