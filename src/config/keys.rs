@@ -57,7 +57,6 @@ keys! {
     "runtime.disk_free_min" => |c, v| c.runtime.disk_free_min = v.size()?;
     "runtime.disk_driver" => |c, v| c.runtime.disk_driver = disk_driver(v)?;
     "runtime.pool_roots" => |c, v| c.runtime.pool_roots = v.whole(0, 256)?;
-    "runtime.pool_helpers" => |c, v| c.runtime.pool_helpers = v.whole(0, 64)?;
     "runtime.lazy_restore_min" => |c, v| c.runtime.lazy_restore_min = v.size()?;
     "runtime.uid_first" => |c, v| c.runtime.uid_ranges.first = uid_first(v)?;
     "runtime.uid_count" => |c, v| c.runtime.uid_ranges.count = v.whole(1, 32_768)?;

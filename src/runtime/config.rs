@@ -67,8 +67,6 @@ pub struct RuntimeConfig {
     pub ptys_max: u32,
     /// Root file systems kept ready for the next creates from a dump; each is a mounted copy of a template's disk.
     pub pool_roots: u32,
-    /// Helper processes that are started before there is a restore for them to do.
-    pub pool_helpers: u32,
     /// A dump with this much memory or more is restored lazily: the sandbox answers within 60 ms and the rest of its
     /// memory follows; until then it cannot be paused again. Smaller ones are read at once, 0.45 s per GiB.
     pub lazy_restore_min: ByteSize,
@@ -92,7 +90,6 @@ impl RuntimeConfig {
             inotify_instances_max: 128,
             ptys_max: 64,
             pool_roots: 8,
-            pool_helpers: 2,
             lazy_restore_min: ByteSize::mib(512),
             criu: None,
             network: NetworkConfig::default(),

@@ -33,7 +33,7 @@ use super::{
     DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
 };
 use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord};
-use crate::runtime::helper::warm::WarmHelpers;
+use crate::runtime::helper::client::Helpers;
 use live::Live;
 use roots::Roots;
 use std::collections::HashMap;
@@ -56,7 +56,7 @@ struct Shared {
     network: Network,
     /// Made before they are wanted.
     roots: Roots,
-    restores: WarmHelpers,
+    helpers: Helpers,
     /// SHA-256 of this build's agent.
     agent: String,
     /// `None` where there is none: nothing can be dumped then.
@@ -242,7 +242,7 @@ impl Runtime for Kernel {
     }
 
     async fn close(&self) {
-        self.0.restores.close();
+        self.0.helpers.close();
         self.empty_roots().await;
         self.0.network.close().await;
         self.blocking(|shared| shared.cgroups.close()).await;

@@ -65,13 +65,30 @@ pub fn spawn_in_cgroup(program: &CStr, arguments: &[&CStr], cgroup: BorrowedFd<'
 fn clone_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
     /// Not an int, so libc's constant of this name cannot be used.
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-    let mut pidfd = -1_i32;
     // SAFETY: all zeroes is a valid clone_args: no flags, no stack, which makes it a fork.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = CLONE_INTO_CGROUP | u64::try_from(libc::CLONE_PIDFD).map_err(io::Error::other)?;
-    arguments.pidfd = (&raw mut pidfd) as u64;
+    arguments.flags = CLONE_INTO_CGROUP;
     arguments.exit_signal = u64::try_from(libc::SIGCHLD).map_err(io::Error::other)?;
     arguments.cgroup = u64::try_from(cgroup.as_raw_fd()).map_err(io::Error::other)?;
+    fork_with(arguments)
+}
+
+/// A fork whose child is this process's sibling: its parent waits for it. Returns its pidfd, or `None` in the child.
+///
+/// The calling process must have one thread.
+pub fn fork_sibling() -> io::Result<Option<OwnedFd>> {
+    // SAFETY: all zeroes is a valid clone_args: no flags, no stack, which makes it a fork.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    // The signal at its end is the one at ours; the kernel wants none to be named.
+    arguments.flags = u64::try_from(libc::CLONE_PARENT).map_err(io::Error::other)?;
+    fork_with(arguments)
+}
+
+/// The parent gets the child's pidfd. The calling process must have one thread.
+fn fork_with(mut arguments: libc::clone_args) -> io::Result<Option<OwnedFd>> {
+    let mut pidfd = -1_i32;
+    arguments.flags |= u64::try_from(libc::CLONE_PIDFD).map_err(io::Error::other)?;
+    arguments.pidfd = (&raw mut pidfd) as u64;
     let size = std::mem::size_of::<libc::clone_args>();
     // SAFETY: `arguments` and what it points to outlive the call; without CLONE_VM the child gets a copy of everything,
     // and the caller promises a single thread, so no lock is held by a thread that the child lacks.

@@ -5,6 +5,7 @@
 
 pub mod command;
 pub mod conntrack;
+pub mod descriptors;
 pub mod device_policy;
 pub mod disk;
 pub mod loop_device;

@@ -117,7 +117,7 @@ def creates(verdicts, server, api, rounds):
     row, failures, rate = creates_in_a_row(api, rounds, first_command)
     spent = (cpu_ms(server.process.pid) - spent) / rounds
     values = show("create -> first command's output", row)
-    pools = "8 roots, 8 slots, 2 helpers (the defaults of config/stillbox.toml)"
+    pools = "8 roots, 8 slots (the defaults of config/stillbox.toml)"
     print(f"  steady rate {rate:.1f} per second, {spent:.1f} ms of CPU for a create, a command and a kill; pools: {pools}")
     verdicts.hold("create -> first command", values["median"], 30, " ms")
     verdicts.hold("p99 / median", values["p99"] / values["median"], 3, "x")

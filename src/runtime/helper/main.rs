@@ -3,6 +3,7 @@
 use super::container::ColdStart;
 use super::criu::lazy::{self, LazyPages};
 use super::dump::Dump;
+use super::nursery::{self, Role};
 use super::prepare::Prepare;
 use super::restore::Restore;
 use super::undo::UndoDump;
@@ -15,6 +16,17 @@ use std::process::ExitCode;
 ///
 /// The exit code is 0 whenever an answer was written, be it a failed step; what the step was is in the answer.
 pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
+    match verb {
+        nursery::VERB => match nursery::serve() {
+            Ok(Role::Nursery) => ExitCode::SUCCESS,
+            Ok(Role::Helper(verb)) => help(&verb, &[]),
+            Err(error) => complain(verb, &error),
+        },
+        verb => help(verb, arguments),
+    }
+}
+
+fn help(verb: &str, arguments: &[OsString]) -> ExitCode {
     let outcome = match verb {
         ColdStart::VERB => serve::<ColdStart>(),
         Restore::VERB => serve::<Restore>(),
@@ -29,18 +41,20 @@ pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("stillbox runtime {verb}: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => complain(verb, &error),
     }
+}
+
+fn complain(verb: &str, error: &io::Error) -> ExitCode {
+    eprintln!("stillbox runtime {verb}: {error}");
+    ExitCode::FAILURE
 }
 
 fn serve<O: Operation>() -> io::Result<()> {
     let mut text = String::new();
     io::stdin().read_to_string(&mut text)?;
     if text.is_empty() {
-        // Started ahead and not needed: the server has ended.
+        // The server has ended before it said what to do.
         return Ok(());
     }
     let operation: O = serde_json::from_str(&text)?;

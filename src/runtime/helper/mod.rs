@@ -1,4 +1,5 @@
-//! The helper: this binary executed anew for one operation on the kernel, single-threaded, JSON in and out.
+//! The helper: a process of this binary for one operation on the kernel, single-threaded, JSON in and out. It is forked
+//! from one that has done nothing ([`nursery`]), so each begins blank.
 //!
 //! libcontainer and CRIU exist only below here, and only in that process: both change what belongs to a whole
 //! process (working directory, mounts, namespaces). [`client`] is the server's side.
@@ -9,10 +10,10 @@ pub(crate) mod container;
 pub(crate) mod criu;
 pub(crate) mod dump;
 pub mod main;
+mod nursery;
 pub(crate) mod prepare;
 pub(crate) mod restore;
 pub(crate) mod undo;
-pub(crate) mod warm;
 
 use super::layout::SandboxFolder;
 use nix::errno::Errno;

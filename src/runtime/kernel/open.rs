@@ -8,8 +8,7 @@ use crate::runtime::cgroup::{CgroupError, Cgroups};
 use crate::runtime::config::RuntimeConfig;
 use crate::runtime::criu_binary::{self, CriuBinary};
 use crate::runtime::disk::{DiskKind, Disks, make_private};
-use crate::runtime::helper::restore::Restore;
-use crate::runtime::helper::warm::WarmHelpers;
+use crate::runtime::helper::client::Helpers;
 use crate::runtime::layout::Layout;
 use crate::runtime::network::{Network, NetworkError};
 use crate::runtime::uids::UidPool;
@@ -65,7 +64,7 @@ impl Kernel {
             );
         }
         kernel.keep_roots();
-        kernel.0.restores.refill();
+        kernel.0.helpers.start();
         Ok(kernel)
     }
 }
@@ -112,7 +111,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         uids: UidPool::new(config.uid_ranges, instance),
         network,
         roots: Roots::new(config.pool_roots),
-        restores: warm_restores(&config),
+        helpers: Helpers::new(&config.helper, config.helper_time_max),
         agent,
         criu,
         host_boot_id: read_line("/proc/sys/kernel/random/boot_id"),
@@ -121,13 +120,6 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         layout,
         config,
     })
-}
-
-/// One more than there are CPUs: each waits a little for the kernel's locks and the disk.
-fn warm_restores(config: &RuntimeConfig) -> WarmHelpers {
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1024));
-    let ready_max = usize::try_from(config.pool_helpers).unwrap_or(usize::MAX);
-    WarmHelpers::new::<Restore>(&config.helper, config.helper_time_max, ready_max, cpus + 1)
 }
 
 /// A server without CRIU still starts sandboxes; it cannot pause them.

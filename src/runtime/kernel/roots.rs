@@ -15,7 +15,6 @@ mod shelf;
 use super::{BoxError, Kernel, Shared};
 use crate::model::SandboxId;
 use crate::runtime::disk::{DiskKind, make_private};
-use crate::runtime::helper::client::call;
 use crate::runtime::helper::prepare::{NewRoot, Prepare};
 use crate::runtime::helper::wait_until_idle;
 use crate::runtime::layout::SandboxFolder;
@@ -164,7 +163,7 @@ impl Kernel {
                 }
                 Step::Make { kind, count } => {
                     self.0.roots.pause(REFILL_DELAY).await;
-                    self.0.restores.idle(CALM_WAIT_MAX).await;
+                    self.0.helpers.calm(CALM_WAIT_MAX).await;
                     self.make_roots(kind, count).await;
                     continue;
                 }
@@ -220,7 +219,7 @@ impl Kernel {
             },
         };
         let prepare = Prepare { place: layout.roots(), roots: roots.iter().map(plan).collect() };
-        match call(&self.0.config.helper, self.0.config.helper_time_max, &prepare).await {
+        match self.0.helpers.call(&prepare).await {
             Ok(()) => Ok(roots),
             Err(error) => {
                 self.remove_roots(roots).await;

@@ -5,7 +5,6 @@ use super::{Kernel, Shared, network_error, step};
 use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::devices;
 use crate::runtime::disk::{DiskError, DiskKind};
-use crate::runtime::helper::client::{HelperError, call};
 use crate::runtime::helper::container::{ColdStart, Limits};
 use crate::runtime::helper::dump::Dump;
 use crate::runtime::helper::restore::{Restore, Root};
@@ -154,7 +153,7 @@ impl Kernel {
                     ptys_max: shared.config.ptys_max,
                     limits,
                 };
-                self.helper(&start).await.map_err(step(id, "starting pid 1"))
+                shared.helpers.call(&start).await.map_err(step(id, "starting pid 1"))
             }
             StartFrom::Dump { images, criu, .. } => {
                 let restore = Restore {
@@ -174,14 +173,10 @@ impl Kernel {
                     limits,
                     deadline: shared.config.helper_time_max,
                 };
-                let restored = self.0.restores.call(&restore).await.map_err(step(id, "restoring its processes"));
+                let restored = self.0.helpers.restore(&restore).await.map_err(step(id, "restoring its processes"));
                 restored.map(|kernel| kernel.init)
             }
         }
-    }
-
-    async fn helper<O: crate::runtime::helper::Operation>(&self, operation: &O) -> Result<O::Answer, HelperError> {
-        call(&self.0.config.helper, self.0.config.helper_time_max, operation).await
     }
 
     fn criu(&self, id: SandboxId, sha256: &str) -> Result<PathBuf, RuntimeError> {
@@ -211,7 +206,7 @@ impl Kernel {
         };
         let init = live.kernel.init.pid;
         drop(live);
-        let dumped = match self.helper(&dump).await {
+        let dumped = match self.0.helpers.call(&dump).await {
             Ok(dumped) => dumped,
             Err(error) => {
                 // A helper that was killed leaves a CRIU that undoes its work, and perhaps a disk that holds still.

@@ -99,8 +99,7 @@ class Kept:
 @pytest.fixture(scope="module")
 def crashing():
     before = dict(os.environ)
-    # No helpers that wait for work: each that is met is at work.
-    server = Server(**{"runtime.pool_helpers": "0"}).start()
+    server = Server().start()
     os.environ.update(server.environment())
     yield server
     server.remove()
@@ -195,7 +194,7 @@ class Killer(threading.Thread):
     def run(self):
         while not self.over.is_set():
             for helper in children(self.server):
-                if self.operation in arguments(helper)[1:3]:
+                if name(helper) == f"sb-{self.operation}":
                     found = [helper] if self.victim == "helper" else [each for each in children(helper) if "swrk" in arguments(each)]
                     if found:
                         return self.kill(found[0])
@@ -228,6 +227,14 @@ def children(pid):
     except OSError:
         pass  # It has ended.
     return found
+
+
+def name(pid):
+    """What a process calls itself; helpers are forks of one program, whose arguments they all show."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def arguments(pid):
@@ -274,7 +281,8 @@ def test_nothing_is_left_of_all_that(crashing, kept):
     subject.sandbox.kill()
     tidy_up(crashing, subject)
     until(lambda: crashing.leftovers() == [], f"the end of {crashing.leftovers()}")
-    until(lambda: children(crashing.process.pid) == [], f"the end of {[arguments(each) for each in children(crashing.process.pid)]}")
+    workers = lambda: [each for each in map(name, children(crashing.process.pid)) if each != "sb-nursery"]
+    until(lambda: workers() == [], f"the end of {workers()}")
     crashing.cli("gc")
     dumps = lambda: [each.name for each in (crashing.data_dir / "snapshots").iterdir()]
     until(lambda: len(dumps()) <= 1, f"dumps to be removed, but the template's: {dumps()}")
