@@ -61,9 +61,10 @@ use tracing::warn;
 
 /// How many times `pool_slots` may lie ready when many are given back at once: recycling is cheaper than making.
 const READY_PER_POOL: u32 = 2;
-/// While there are others, a slot is replaced a little later: making one holds the kernel's network lock, which the
-/// create that took it needs now.
-const REFILL_DELAY: Duration = Duration::from_millis(50);
+/// A slot is replaced when none was asked for during so long, at the latest after the second of these: making one takes
+/// CPU and the kernel's network lock, which the creates need that take them. Who finds none makes one.
+const REFILL_CALM: Duration = Duration::from_millis(250);
+const REFILL_DELAY_MAX: Duration = Duration::from_secs(2);
 /// How often the host's rules are looked after; it takes a run of `nft`, some 5 ms.
 const MEND_INTERVAL: Duration = Duration::from_secs(10);
 /// How long nothing is made ahead of time after that failed.
@@ -494,9 +495,7 @@ impl Shared {
     /// Makes slots ahead of time until the pool is closed.
     async fn keep_filled(self: Arc<Self>) {
         while let Some(number) = self.pool.next_to_make(self.config.pool_slots).await {
-            if self.pool.has_ready() {
-                tokio::time::sleep(REFILL_DELAY).await;
-            }
+            self.pool.calm(REFILL_CALM, REFILL_DELAY_MAX).await;
             if self.pool.is_closed() {
                 return self.pool.forget(number);
             }

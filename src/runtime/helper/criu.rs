@@ -23,7 +23,7 @@ pub(crate) mod place;
 mod swrk;
 
 use crate::runtime::{AfterDump, GHOST_BYTES_MAX};
-use crate::sys::netns::{Netns, bring_loopback_up};
+use crate::sys::netns::Netns;
 use crate::sys::sock_diag;
 use frozen::Frozen;
 use images::ImageView;
@@ -261,8 +261,8 @@ pub(crate) struct Restored {
 
 /// Restores the tree into its cgroups, with a cgroup namespace rooted in them. On v1 this process moves there too.
 ///
-/// `set_up_netns` gets the new network namespace, which has lo up and nothing else, and init's pid: link, the address
-/// of the dump, route and sysctls are made here (a missing address fails the restore of a connection, a missing
+/// `set_up_netns` gets the new network namespace, which has lo, still down, and nothing else, and init's pid: lo up, link,
+/// the address of the dump, route and sysctls are made here (a missing address fails the restore of a connection, a missing
 /// ping_group_range that of a ping socket). Afterwards, with everything restored and nothing running yet, connections
 /// to the outside are reset, and `before_it_runs` gets init's pid: the last moment to say no.
 pub(crate) fn restore(
@@ -290,12 +290,13 @@ pub(crate) fn restore(
     let response = swrk.run(request, |moment, pid| match moment {
         "setup-namespaces" => {
             let (made, _) = netns.insert((Netns::of_process(pid)?, pid));
-            made.run(bring_loopback_up)?;
             set_up_netns(made, pid)
         }
         "post-restore" => {
             let (netns, init) = netns.as_ref().ok_or("CRIU made no network namespace")?;
-            reset_connections = netns.run(sock_diag::reset_outside_connections)?;
+            if view.has_connections() {
+                reset_connections = netns.run(sock_diag::reset_outside_connections)?;
+            }
             before_it_runs(*init)
         }
         _ => Ok(()),

@@ -9,6 +9,7 @@ use super::services::{Services, View};
 use super::slot::Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
@@ -37,6 +38,8 @@ struct State {
     ready: Vec<Slot>,
     lent: BTreeMap<u32, Lent>,
     found: BTreeSet<u32>,
+    /// When one was last asked for.
+    taken_at: Option<Instant>,
 }
 
 impl State {
@@ -88,6 +91,7 @@ impl Pool {
 
     pub(super) fn take(&self) -> Taken {
         let mut state = lock(&self.state);
+        state.taken_at = Some(Instant::now());
         let taken = match state.ready.pop() {
             Some(slot) => Taken::Ready(slot),
             None => state.reserve(self.limit).map_or(Taken::None { limit: self.limit }, Taken::Number),
@@ -126,8 +130,24 @@ impl Pool {
         lock(&self.state).is_closed
     }
 
-    pub(super) fn has_ready(&self) -> bool {
-        !lock(&self.state).ready.is_empty()
+    /// Resolves when none was asked for within `calm`, at the latest after `wait_max`, or when the pool is being closed.
+    /// Cancel-safe.
+    pub(super) async fn calm(&self, calm: Duration, wait_max: Duration) {
+        let looked = async {
+            while let Some(left) = self.until_calm(calm) {
+                tokio::time::sleep(left).await;
+            }
+        };
+        tokio::select! {
+            // Cancel-safe: it waits on a value that stays.
+            () = self.closing() => {}
+            // Cancel-safe: timers.
+            _calm_or_not = tokio::time::timeout(wait_max, looked) => {}
+        }
+    }
+
+    fn until_calm(&self, calm: Duration) -> Option<Duration> {
+        lock(&self.state).taken_at.and_then(|at| calm.checked_sub(at.elapsed()))
     }
 
     /// Whether a slot could be put among the ready ones: there are fewer than `ready_max`, and the pool is not closed.

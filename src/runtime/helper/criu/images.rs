@@ -48,14 +48,15 @@ pub(crate) enum ImagesError {
 pub(crate) struct ImageView {
     folder: PathBuf,
     kept: bool,
+    has_connections: bool,
 }
 
 impl ImageView {
     /// Makes a view of the dump in `images` on the range that starts at `uid_base`; an earlier one is replaced.
     pub(crate) fn make(images: &Path, work: &Path, uid_base: u32) -> Result<ImageView, ImagesError> {
-        let view = ImageView { folder: folder_in(work), kept: false };
-        let folder = &view.folder;
-        remove(folder).and_then(|()| std::fs::create_dir(folder)).map_err(|source| ImagesError::File { path: folder.clone(), source })?;
+        let mut view = ImageView { folder: folder_in(work), kept: false, has_connections: false };
+        let folder = view.folder.clone();
+        remove(&folder).and_then(|()| std::fs::create_dir(&folder)).map_err(|source| ImagesError::File { path: folder.clone(), source })?;
         let mut moved = 0;
         for entry in read_dir(images)? {
             let target = folder.join(entry.file_name());
@@ -63,6 +64,7 @@ impl ImageView {
                 rewrite(&entry.path(), &target, uid_base)?;
                 moved += 1;
             } else {
+                view.has_connections |= is_of_a_connection(&entry.file_name());
                 link(&entry.path(), &target)?;
             }
         }
@@ -75,6 +77,11 @@ impl ImageView {
     /// Where the view is.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Whether a TCP socket with a peer was dumped, be it within the sandbox.
+    pub(crate) fn has_connections(&self) -> bool {
+        self.has_connections
     }
 
     /// Leaves the folder in place: a lazy restore reads from it after this process has ended, and the process that
@@ -112,6 +119,11 @@ fn read_dir(images: &Path) -> Result<Vec<std::fs::DirEntry>, ImagesError> {
 
 fn is_userns_image(name: &std::ffi::OsStr) -> bool {
     name.to_str().is_some_and(|name| name.starts_with("userns-") && name.ends_with(".img"))
+}
+
+/// CRIU writes one for each TCP socket that is neither closed nor a listener.
+fn is_of_a_connection(name: &std::ffi::OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with("tcp-stream-"))
 }
 
 /// A hard link also keeps the pages of a lazy restore alive when the snapshot is deleted meanwhile; across file
