@@ -11,6 +11,7 @@ use super::places::{Places, PlacesMax};
 use super::ready_state::Attempts;
 use super::timers::Timers;
 use super::tokens::InstallKey;
+use super::turns::Turns;
 use crate::model::{SandboxId, SandboxRecord, SandboxSpec};
 use crate::runtime::Runtime;
 use crate::store::Store;
@@ -31,6 +32,8 @@ pub(super) struct Core {
     pub(super) failpoints: Failpoints,
     pub(super) places: Places,
     pub(super) timers: Timers,
+    /// Of every start of a sandbox: create, fork, resume.
+    pub(super) turns: Turns,
     handles: RwLock<HashMap<SandboxId, Handle>>,
     pub(super) ready_states: Attempts,
     /// Held by who changes secrets, until the runtime was told.
@@ -94,6 +97,7 @@ impl Core {
             clock: seams.clock,
             failpoints: seams.failpoints,
             timers: Timers::default(),
+            turns: Turns::of_this_machine(),
             handles: RwLock::default(),
             ready_states: Attempts::default(),
             telling_secrets: Arc::default(),

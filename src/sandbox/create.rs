@@ -299,6 +299,14 @@ impl Driver {
 
     async fn start_prepared(&mut self, prepared: Prepared) -> Result<Ready, StartError> {
         let core = Arc::clone(&self.core);
+        match self.serve_until_killed(core.turns.take()).await {
+            Some(turn) => turn.spend_on(self.start_in_turn(prepared)).await,
+            None => Err(StartError::Killed),
+        }
+    }
+
+    async fn start_in_turn(&mut self, prepared: Prepared) -> Result<Ready, StartError> {
+        let core = Arc::clone(&self.core);
         let started = self.serve_during(prepared.start(Arc::clone(&core))).await?;
         self.record.kernel = Some(started.kernel.clone());
         core.failpoints.pass("create.started").await;

@@ -47,6 +47,7 @@ mod start;
 mod timeout;
 mod timers;
 mod tokens;
+mod turns;
 mod unmount;
 mod workshop;
 

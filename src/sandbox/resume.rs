@@ -167,12 +167,18 @@ impl Driver {
             None => Prepared::cold(&self.core, &self.record, &build, DiskSource::Own),
         };
         let core = Arc::clone(&self.core);
-        let started = self.serve_during(prepared.start(Arc::clone(&core))).await?;
-        core.failpoints.pass("resume.started").await;
-        let ready = self.introduce(started).await?;
+        let turn = self.serve_until_killed(core.turns.take()).await.ok_or(ResumeFailure::Gone)?;
+        let ready = turn.spend_on(self.resume_in_turn(prepared)).await?;
         core.failpoints.pass("resume.initialised").await;
         self.enter_running(ready, place).await;
         Ok(())
+    }
+
+    async fn resume_in_turn(&mut self, prepared: Prepared) -> Result<Ready, ResumeFailure> {
+        let core = Arc::clone(&self.core);
+        let started = self.serve_during(prepared.start(Arc::clone(&core))).await?;
+        core.failpoints.pass("resume.started").await;
+        self.introduce(started).await
     }
 
     async fn build(&self) -> Result<BuildRecord, ResumeFailure> {
