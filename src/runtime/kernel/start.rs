@@ -239,7 +239,7 @@ impl Kernel {
             return;
         }
         let undo = UndoDump { folder, cgroup_folders: self.0.cgroups.of(id).folders(), init };
-        match self.helper(&undo).await {
+        match self.0.helpers.call(&undo).await {
             Ok(()) => tracing::warn!(sandbox.id = %id, "Undid a dump of sandbox {id} whose helper and CRIU were killed"),
             Err(error) => {
                 tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Could not undo a dump of sandbox {id}; it is ended");
