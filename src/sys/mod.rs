@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod device_policy;
 pub mod disk;
 pub mod loop_device;
+pub mod loopback;
 pub mod mount;
 pub mod mount_elsewhere;
 pub mod mountinfo;

@@ -24,7 +24,7 @@ mod swrk;
 
 use crate::runtime::{AfterDump, GHOST_BYTES_MAX};
 use crate::sys::netns::Netns;
-use crate::sys::sock_diag;
+use crate::sys::{loopback, sock_diag};
 use frozen::Frozen;
 use images::ImageView;
 use nix::sched::CloneFlags;
@@ -290,12 +290,19 @@ pub(crate) fn restore(
     let response = swrk.run(request, |moment, pid| match moment {
         "setup-namespaces" => {
             let (made, _) = netns.insert((Netns::of_process(pid)?, pid));
-            set_up_netns(made, pid)
+            set_up_netns(made, pid)?;
+            if view.has_connections() {
+                // What is in a connection's queue and was not sent yet is sent while it is restored, perhaps before its
+                // peer is there: the kernel would reset it.
+                made.run(loopback::mute)?;
+            }
+            Ok(())
         }
         "post-restore" => {
             let (netns, init) = netns.as_ref().ok_or("CRIU made no network namespace")?;
             if view.has_connections() {
-                reset_connections = netns.run(sock_diag::reset_outside_connections)?;
+                // All are there now.
+                reset_connections = netns.run(|| loopback::unmute().and_then(|()| sock_diag::reset_outside_connections()))?;
             }
             before_it_runs(*init)
         }

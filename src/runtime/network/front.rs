@@ -39,7 +39,6 @@ impl Front {
     fn admits(&self, view: &View) -> bool {
         view.names.allow(&format!("sandbox.{}", self.domain))
     }
-
 }
 
 /// What the responder answers for the front's names.

@@ -2,6 +2,7 @@
 so itself."""
 
 import collections
+import glob
 import json
 import os
 import pathlib
@@ -84,8 +85,10 @@ TIMINGS = ("start", "inside", "inside", "inside", "late")
 
 def host_pids(sandbox_id):
     found = set()
-    for listed in pathlib.Path("/sys/fs/cgroup").glob(f"**/stillbox-*/{sandbox_id}/cgroup.procs"):
-        found |= {int(pid) for pid in listed.read_text().split() if pid != "0"}
+    # One hierarchy on v2, several on v1. Those of others come and go meanwhile.
+    for place in ("", "*/"):
+        for listed in glob.glob(f"/sys/fs/cgroup/{place}stillbox-*/{sandbox_id}/cgroup.procs"):
+            found |= {int(pid) for pid in read(listed).split() if pid != "0"}
     return sorted(found)
 
 
@@ -172,7 +175,7 @@ class Witness:
     @staticmethod
     def traces(pid):
         """What a dump may have left in a process: its blocked signals, where it maps CRIU's code, its descriptors."""
-        blocked = sorted(read(each).split("SigBlk:")[1].split()[0] for each in map(str, pathlib.Path(f"/proc/{pid}/task").glob("*/status")))
+        blocked = sorted(read(each).split("SigBlk:")[1].split()[0] for each in glob.glob(f"/proc/{pid}/task/*/status"))
         files = [os.readlink(each) for each in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
         foreign = [line for line in read(f"/proc/{pid}/maps").splitlines() if "CRIUMFD" in line]
         foreign += [name for name in files if "CRIUMFD" in name or name.endswith("dump.log")]

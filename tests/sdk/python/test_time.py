@@ -50,6 +50,13 @@ def counter(sandbox):
     return pid, int(count), started
 
 
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s"
+        time.sleep(0.1)
+
+
 def through_proxy(server, sandbox, port, path="/"):
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}")
     request.add_header("Host", f"{port}-{sandbox.sandbox_id}.stillbox.localhost")
@@ -275,6 +282,40 @@ def test_a_snapshot_of_files_alone_starts_cold(server):
             copy.kill()
     assert Sandbox.delete_snapshot(snapshot.snapshot_id) is True
     assert Sandbox.delete_snapshot(snapshot.snapshot_id) is False
+
+
+# Both ends of a connection; the reader waits for a word, so that the queues of both are full at the pause.
+LAGGING = r"""
+import hashlib, os, socket, threading, time
+def piece(number): return hashlib.sha256(str(number).encode()).digest() * 400
+listener = socket.create_server(('127.0.0.1', 0))
+near = socket.create_connection(listener.getsockname()); far, _ = listener.accept()
+def send():
+    for number in range(1500): near.sendall(piece(number))
+    near.close()
+threading.Thread(target=send).start()
+time.sleep(1); open('/tmp/full', 'w').close()
+while not os.path.exists('/tmp/read'): time.sleep(0.05)
+got = b''.join(iter(lambda: far.recv(1 << 16), b''))
+with open('/tmp/result.new', 'w') as file: file.write(str(got == b''.join(map(piece, range(1500)))))
+os.rename('/tmp/result.new', '/tmp/result')
+"""
+
+
+def test_a_connection_whose_reader_lags_goes_on_with_every_byte(sandbox):
+    sandbox.files.write("/tmp/lagging.py", LAGGING)
+    sandbox.commands.run("exec python3 /tmp/lagging.py 2>/tmp/lagging.log", background=True, timeout=0)
+    wait_until(lambda: sandbox.files.exists("/tmp/full"))
+    [copy] = sandbox.fork(timeout=120)
+    sandbox.pause()
+    sandbox.connect()
+    try:
+        for each in [sandbox, copy]:
+            each.files.write("/tmp/read", "")
+            wait_until(lambda: each.files.exists("/tmp/result") or each.files.read("/tmp/lagging.log"))
+            assert each.files.read("/tmp/lagging.log") == "" and each.files.read("/tmp/result") == "True"
+    finally:
+        copy.kill()
 
 
 def test_a_snapshot_outlives_its_source_and_makes_many(server):
