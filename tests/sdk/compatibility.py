@@ -22,9 +22,15 @@ def outcome(case):
     return "passed", ""
 
 
+def module(case):
+    """Where a test is; of those that lie in an installed package, below its `tests`."""
+    name = case.get("classname") or ""
+    return name.partition(".tests.")[2] if "site-packages" in name else name
+
+
 def area(case):
     """`tests.sync.sandbox_sync.commands.test_run` -> `sandbox commands`."""
-    parts = [part for part in (case.get("classname") or "").split(".") if part not in ("tests", "sync", "async", "shared")]
+    parts = [part for part in module(case).split(".") if part not in ("tests", "sync", "async", "shared")]
     return " ".join(part.removesuffix("_sync").removesuffix("_async").removeprefix("test_") for part in parts[:3]) or "other"
 
 
@@ -44,9 +50,9 @@ def main():
         for case in ElementTree.parse(path).iter("testcase"):
             what, text = outcome(case)
             counts[area(case)][what] += 1
-            full = f"{case.get('classname')}.{case.get('name')}"
             if what == "failed":
-                failures.append((full, reason_for(full, text, reasons)))
+                where = f"{case.get('classname')}.{case.get('name')}"
+                failures.append((f"{module(case)}.{case.get('name')}", reason_for(where, text, reasons)))
             if what == "skipped":
                 skips[text[:100]] += 1
         total = sum(counts.values(), collections.Counter())
