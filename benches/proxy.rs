@@ -162,5 +162,6 @@ fn spec() -> SandboxSpec {
         metadata: BTreeMap::from([("user".to_owned(), "1".to_owned())]),
         env: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
         secure: Secure::Token,
+        volumes: Vec::new(),
     }
 }

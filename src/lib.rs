@@ -14,6 +14,8 @@ pub mod sandbox;
 
 pub mod template;
 
+pub mod volume;
+
 pub mod proxy;
 
 pub mod api;

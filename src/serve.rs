@@ -14,6 +14,7 @@ use crate::sandbox::{self, AtFailpoint, InstallKey, Registry, Seams};
 use crate::store::{Store, StoreError, install};
 use crate::template::build::{Builds, BuildsMeans};
 use crate::template::{self, Resolved, Templates, Thoroughness};
+use crate::volume::{self, Volumes, VolumesMeans};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs;
 use std::io::{self, Write};
@@ -72,6 +73,15 @@ pub enum ServeError {
     /// Sandboxes of an earlier server cannot be taken over.
     #[error(transparent)]
     Core(#[from] sandbox::OpenError),
+    /// What an earlier server left of volumes cannot be looked through.
+    #[error("the volumes below {} cannot be used", path.display())]
+    Volumes {
+        /// Their folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: volume::ChangeError,
+    },
     /// No certificates.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
@@ -115,8 +125,12 @@ async fn serve(mut config: Config, mut bound: Bound) -> Result<(), ServeError> {
     let built_ins = templates.adopt_built_ins().await?;
     let kernel = Kernel::open(config.runtime.clone(), install.instance).await?;
     config.sandbox.nameservers = kernel.nameservers();
+    let storage = kernel.volumes();
     let runtime: Arc<dyn Runtime> = Arc::new(kernel);
     let token_key = InstallKey::from_bytes(install.key);
+    let volumes = VolumesMeans { config: config.volumes, store: store.clone(), storage, key: token_key.clone() };
+    let unusable = |source| ServeError::Volumes { path: config.data_dir.join("volumes"), source };
+    let volumes = Volumes::open(volumes).await.map_err(unusable)?;
     let registry =
         Registry::open_with(config.sandbox.clone(), token_key.clone(), store.clone(), Arc::clone(&runtime), seams(&config)).await?;
     let builds = Builds::open(BuildsMeans {
@@ -132,7 +146,7 @@ async fn serve(mut config: Config, mut bound: Bound) -> Result<(), ServeError> {
     tokio::spawn(make_ready(registry.clone(), built_ins));
     tokio::spawn(collect_layers(templates.clone()));
     let (stop, stopped) = watch::channel(false);
-    let state = ApiState::new(registry.clone(), templates, builds.clone(), api_config(&config, key));
+    let state = ApiState::new(registry.clone(), templates, builds.clone(), volumes, api_config(&config, key));
     let _resolver = start_resolver(&config, &mut bound)?;
     let servers = spawn_listeners(&config, bound, tls, &registry, state, &stopped)?;
     info!(

@@ -15,14 +15,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("runtime", &["model", "sys"]),
     ("sandbox", &["model", "store", "runtime"]),
     ("template", &["model", "store", "runtime", "sandbox"]),
+    ("volume", &["model", "sys", "store", "runtime", "sandbox"]),
     ("proxy", &["model", "sandbox"]),
-    ("api", &["model", "sandbox", "template"]),
+    ("api", &["model", "sandbox", "template", "volume"]),
     // A room's own Config struct is all that it takes from any.
-    ("config", &["model", "runtime", "sandbox", "template", "proxy", "api"]),
+    ("config", &["model", "runtime", "sandbox", "template", "volume", "proxy", "api"]),
     // A client of the API; `serve`, `doctor`, `runtime` are handed over to, templates are files.
     ("cli", &["config", "model", "template", "serve", "doctor", "runtime"]),
     ("doctor", &["model", "config", "runtime", "template", "sandbox", "sys", "store"]),
-    ("serve", &["model", "sys", "store", "runtime", "sandbox", "template", "proxy", "api", "config", "doctor"]),
+    ("serve", &["model", "sys", "store", "runtime", "sandbox", "template", "volume", "proxy", "api", "config", "doctor"]),
     ("lib", &[]),
     ("main", &["cli"]),
 ];

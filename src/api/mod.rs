@@ -19,6 +19,7 @@ use crate::model::{ByteSize, EgressTarget};
 use crate::sandbox::Registry;
 use crate::template::Templates;
 use crate::template::build::Builds;
+use crate::volume::Volumes;
 use auth::Keys;
 use axum::Router;
 use axum::extract::Request;
@@ -73,6 +74,7 @@ pub struct ApiState {
     registry: Registry,
     templates: Templates,
     builds: Builds,
+    volumes: Volumes,
     config: Arc<ApiConfig>,
     keys: Arc<Keys>,
     callbacks: hopx::Callbacks,
@@ -80,10 +82,10 @@ pub struct ApiState {
 
 impl ApiState {
     /// The state of one server.
-    pub fn new(registry: Registry, templates: Templates, builds: Builds, config: ApiConfig) -> Self {
+    pub fn new(registry: Registry, templates: Templates, builds: Builds, volumes: Volumes, config: ApiConfig) -> Self {
         let keys = Arc::new(Keys::of(&config.keys));
         let callbacks = hopx::Callbacks::new(&config.callback_allow);
-        Self { registry, templates, builds, config: Arc::new(config), keys, callbacks }
+        Self { registry, templates, builds, volumes, config: Arc::new(config), keys, callbacks }
     }
 }
 

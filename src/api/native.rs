@@ -3,8 +3,9 @@
 use super::ApiState;
 use super::auth::require_key;
 use super::error::ApiError;
-use crate::model::{Keep, SandboxId};
+use crate::model::{ByteSize, Keep, SandboxId};
 use crate::template::{AdoptError, Manifest, ManifestError, Thoroughness};
+use crate::volume::VolumeInfo;
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
@@ -20,6 +21,7 @@ pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
         .route("/stillbox/builds/{id}/cancel", post(cancel_build))
         .route("/stillbox/disk", get(disk))
         .route("/stillbox/disk/gc", post(collect_garbage))
+        .route("/stillbox/volumes", get(volumes).post(make_volume))
         .route("/stillbox/templates", post(adopt))
         .route("/stillbox/templates/{name}/manifest", get(manifest))
         .route_layer(from_fn_with_state(state.clone(), require_key))
@@ -95,6 +97,36 @@ async fn collect_garbage(State(state): State<ApiState>) -> Result<Json<Value>, A
     let dumps = state.registry.collect_garbage().await?;
     let layers = state.templates.collect_garbage(Thoroughness::Everything).await.map_err(ApiError::internal)?;
     Ok(Json(json!({ "freedBytes": dumps.bytes() + layers.bytes() })))
+}
+
+/// Volumes with their sizes, which E2B's clients do not ask for.
+async fn volumes(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
+    let infos = state.volumes.list().await?;
+    Ok(Json(infos.iter().map(volume).collect()))
+}
+
+/// A volume of any size.
+async fn make_volume(State(state): State<ApiState>, Json(new): Json<NewVolume>) -> Result<Json<Value>, ApiError> {
+    let name = new.name.parse().map_err(|error: crate::model::ParseVolumeError| ApiError::bad_request(error.to_string()))?;
+    let info = state.volumes.create(name, new.size_bytes.map(ByteSize)).await?;
+    Ok(Json(volume(&info)))
+}
+
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct NewVolume {
+    name: String,
+    size_bytes: Option<u64>,
+}
+
+fn volume(info: &VolumeInfo) -> Value {
+    json!({
+        "volumeID": info.record.id.to_string(),
+        "name": info.record.name.as_str(),
+        "sizeBytes": info.record.size.bytes(),
+        "usedBytes": info.used.bytes(),
+        "createdAt": info.record.created_at.format(&Rfc3339).unwrap_or_default(),
+    })
 }
 
 /// All of a template but its layers' files, for an export by who can read those.

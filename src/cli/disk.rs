@@ -30,7 +30,8 @@ struct Dump {
 }
 
 pub(super) fn df(config: &Config) -> Outcome {
-    let disk: Disk = Client::new(config)?.get("/stillbox/disk")?;
+    let client = Client::new(config)?;
+    let disk: Disk = client.get("/stillbox/disk")?;
     let rows: Vec<Vec<String>> = disk
         .dumps
         .iter()
@@ -47,6 +48,9 @@ pub(super) fn df(config: &Config) -> Outcome {
         .collect();
     println!("{}", table(&["DUMP", "OF SANDBOX", "MEMORY", "DISK", "TAKEN", "SYNCED"], &rows));
     println!("{} of {} (snapshots.disk_bytes_max)", ByteSize(disk.used_bytes), ByteSize(disk.limit_bytes));
+    if let Some(volumes) = super::volume::taken(&client)? {
+        println!("{volumes}");
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -77,8 +77,13 @@ fn e2b(config: &Config) -> Result<Vec<Assignment>, ClientError> {
     let is_e2b_form =
         key.strip_prefix("e2b_").is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
     let base = base_url(config);
-    let mut assignments =
-        vec![("E2B_API_KEY", key), ("E2B_DOMAIN", config.domain.clone()), ("E2B_API_URL", base.clone()), ("E2B_SANDBOX_URL", base)];
+    let mut assignments = vec![
+        ("E2B_API_KEY", key),
+        ("E2B_DOMAIN", config.domain.clone()),
+        ("E2B_API_URL", base.clone()),
+        ("E2B_SANDBOX_URL", base.clone()),
+        ("E2B_VOLUME_API_URL", base),
+    ];
     if !is_e2b_form {
         assignments.push(("E2B_VALIDATE_API_KEY", "false".to_owned()));
     }

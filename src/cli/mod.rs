@@ -10,6 +10,7 @@ mod novita;
 mod output;
 mod sandbox;
 mod template;
+mod volume;
 
 use crate::config::{Config, ConfigErrors, Sources};
 use crate::doctor::{self, Deep};
@@ -101,10 +102,13 @@ enum Command {
     /// List, create, use and end sandboxes
     #[command(subcommand, visible_alias = "sbx")]
     Sandbox(sandbox::SandboxCommand),
-    /// Show what dumps take of the disk
+    /// Show what dumps and volumes take of the disk
     Df,
     /// Remove now what nothing needs: old rows, dumps without a sandbox or template
     Gc,
+    /// List, make and remove volumes, storage that sandboxes share
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
     /// List and build templates
     #[command(subcommand)]
     Template(template::TemplateCommand),
@@ -129,6 +133,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Command::Df => disk::df(&config),
         Command::Gc => disk::gc(&config),
         Command::Sandbox(command) => sandbox::run(&config, command),
+        Command::Volume(command) => volume::run(&config, command),
         Command::Template(command) => template::run(&config, command),
     };
     report(outcome)

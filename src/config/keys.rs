@@ -49,6 +49,9 @@ keys! {
     "sandbox.paused_kept" => |c, v| c.sandbox.paused_kept = v.duration()?;
     "sandbox.create_by" => |c, v| c.sandbox.create_by = create_by(v)?;
     "snapshots.disk_bytes_max" => |c, v| c.sandbox.snapshots_bytes_max = v.size()?;
+    "volumes.size" => |c, v| c.volumes.size = at_least_mib(v, 16)?;
+    "volumes.size_max" => |c, v| c.volumes.size_max = at_least_mib(v, 16)?;
+    "volumes.count_max" => |c, v| c.volumes.count_max = v.whole(0, 100_000)?;
     "pause.fsync" => |c, v| c.sandbox.snapshot_sync = snapshot_sync(v)?;
     "pause.unmount_fuse" => |c, v| c.sandbox.unmount_fuse = v.flag()?;
     "sandbox.mounts" => |c, v| c.runtime.mounts = mounts(v)?;

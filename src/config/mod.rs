@@ -16,6 +16,7 @@ use crate::runtime::config::RuntimeConfig;
 use crate::sandbox::{CreateBy, Failpoints, SandboxConfig, SnapshotSync};
 use crate::template::build::BuildConfig;
 use crate::template::{ImageSettings, TemplateConfig, UnpackLimits};
+use crate::volume::VolumeConfig;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -55,6 +56,8 @@ pub struct Config {
     pub template: TemplateConfig,
     /// Bounds of builds.
     pub build: BuildConfig,
+    /// Bounds of volumes.
+    pub volumes: VolumeConfig,
     /// The machine's own small name server.
     pub dns: DnsConfig,
 }
@@ -135,6 +138,7 @@ impl Default for Config {
             },
             build: BuildConfig::default(),
             dns: DnsConfig::default(),
+            volumes: VolumeConfig::default(),
         }
     }
 }

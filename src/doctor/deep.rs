@@ -108,6 +108,7 @@ async fn trial(
         disk,
         resources: config.resources,
         network: NetworkPolicy::default(),
+        volumes: Vec::new(),
         from,
     };
     let started = Instant::now();

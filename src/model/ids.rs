@@ -120,6 +120,30 @@ impl fmt::Display for BuildId {
     }
 }
 
+/// A volume: a UUID, as E2B's wire wants it; names the folder `volumes/<id>`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VolumeId(uuid::Uuid);
+
+impl VolumeId {
+    /// A new id (UUID version 4).
+    pub fn random() -> Self {
+        Self(uuid::Uuid::new_v4())
+    }
+}
+
+impl FromStr for VolumeId {
+    type Err = ParseIdError;
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        text.parse().map(Self).map_err(|_| ParseIdError::new("volume id", text, "a UUID"))
+    }
+}
+
+impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// A dump on disk: `s` and 20 of `[a-z0-9]`; names the folder `snapshots/<id>`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId([u8; 21]);
@@ -233,7 +257,7 @@ macro_rules! id_everywhere {
         }
     )*};
 }
-id_everywhere!(SecretId, SandboxId, TemplateId, BuildId, SnapshotId, InstanceId);
+id_everywhere!(SecretId, SandboxId, TemplateId, BuildId, VolumeId, SnapshotId, InstanceId);
 
 #[cfg(test)]
 mod tests {
@@ -253,6 +277,8 @@ mod tests {
         let id = SecretId::random();
         assert_eq!(id.to_string().parse(), Ok(id));
         let id = BuildId::random();
+        assert_eq!(id.to_string().parse(), Ok(id));
+        let id = VolumeId::random();
         assert_eq!(id.to_string().parse(), Ok(id));
     }
 

@@ -9,8 +9,9 @@ mod secret;
 mod size;
 mod spec;
 mod state;
+mod volume;
 
-pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SecretId, SnapshotId, TemplateId};
+pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SecretId, SnapshotId, TemplateId, VolumeId};
 pub use network::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, ParseTargetError, PublicTraffic};
 pub use record::{
     BuildFailure, BuildRecord, BuildSource, BuildState, DumpKey, EndReason, EventKind, EventRecord, Fit, KernelRef, LogEntry, LogLevel,
@@ -20,3 +21,4 @@ pub use secret::SecretRecord;
 pub use size::{ByteSize, ParseSizeError};
 pub use spec::{AutoResume, Keep, Lifecycle, OnTimeout, Resources, SandboxSpec, Secure};
 pub use state::SandboxState;
+pub use volume::{MountPath, ParseVolumeError, VolumeMount, VolumeName, VolumeRecord};

@@ -1,6 +1,6 @@
 //! What the store keeps of sandboxes, templates, snapshots, metrics and logs: one struct per row, in the core's types.
 
-use super::{AutoResume, BuildId, ByteSize, Keep, Resources, SandboxId, SandboxSpec, SandboxState, SnapshotId, TemplateId};
+use super::{AutoResume, BuildId, ByteSize, Keep, Resources, SandboxId, SandboxSpec, SandboxState, SnapshotId, TemplateId, VolumeMount};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 
@@ -274,6 +274,8 @@ pub struct SnapshotRecord {
     pub created_at: OffsetDateTime,
     /// Whether everything is known to be on stable storage.
     pub synced: bool,
+    /// Volumes that its processes had mounted; a restore brings the same ones.
+    pub volumes: Vec<VolumeMount>,
 }
 
 impl SnapshotRecord {

@@ -1,6 +1,6 @@
 //! What a sandbox is asked to be: the value that every dialect's create request is parsed into.
 
-use super::{BuildId, ByteSize, NetworkPolicy, TemplateId};
+use super::{BuildId, ByteSize, NetworkPolicy, TemplateId, VolumeMount};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -114,4 +114,7 @@ pub struct SandboxSpec {
     pub env: BTreeMap<String, String>,
     /// Whether envd calls need the token.
     pub secure: Secure,
+    /// Volumes that it sees, each at a path of its own. Rows of earlier releases have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeMount>,
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Where formatting tools are on the distributions, whatever PATH the server was started with.
-const TOOL_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
+pub(super) const TOOL_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
 
 /// What a disk is made of on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -18,6 +18,7 @@ mod pools;
 mod release;
 mod roots;
 mod start;
+mod volumes;
 
 pub use open::OpenError;
 
@@ -29,10 +30,12 @@ use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::DiskNext;
 use super::uids::UidPool;
+use super::volumes::Volumes;
 use super::{
-    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, Usage, WrittenFiles, fill, precheck, restored,
+    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, UnmountHow, Unmounted, Usage, WrittenFiles, fill, precheck,
+    restored,
 };
-use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord, VolumeMount};
 use crate::runtime::helper::client::Helpers;
 use live::Live;
 use roots::Roots;
@@ -51,6 +54,7 @@ struct Shared {
     config: RuntimeConfig,
     layout: Layout,
     disks: Disks,
+    volumes: Volumes,
     cgroups: Cgroups,
     uids: UidPool,
     network: Network,
@@ -81,6 +85,11 @@ impl Kernel {
     pub fn nameservers(&self) -> Vec<IpAddr> {
         let text = self.0.network.resolv_conf();
         text.lines().filter_map(|line| line.strip_prefix("nameserver ")?.trim().parse().ok()).collect()
+    }
+
+    /// The volumes that its sandboxes mount.
+    pub fn volumes(&self) -> Volumes {
+        self.0.volumes.clone()
     }
 
     fn live(&self, id: SandboxId) -> Result<Arc<Live>, RuntimeError> {
@@ -176,7 +185,7 @@ impl Runtime for Kernel {
         let init = self.live(id)?.kernel.init.pid;
         let found = self.blocking(move |shared| {
             let fill = fill::state(&shared.layout.sandbox(id).work())?;
-            precheck::findings(init, fill)
+            precheck::findings(init, fill, &shared.layout.volumes())
         });
         found.await.map_err(step(id, "looking for what cannot be dumped"))
     }
@@ -237,6 +246,14 @@ impl Runtime for Kernel {
         set.map_err(|error| RuntimeError::Step { id, step: "changing the memory limit", source: Box::new(error) })
     }
 
+    async fn mount_volume(&self, id: SandboxId, mount: &VolumeMount) -> Result<(), RuntimeError> {
+        self.mount_in_running(id, mount.clone()).await
+    }
+
+    async fn unmount_volume(&self, id: SandboxId, mount: &VolumeMount, how: UnmountHow) -> Result<Unmounted, RuntimeError> {
+        self.unmount_in_running(id, mount.clone(), how).await
+    }
+
     async fn sweep(&self, keep: &[SandboxId]) -> Result<(), RuntimeError> {
         self.sweep_sandboxes(keep).await
     }
@@ -245,7 +262,11 @@ impl Runtime for Kernel {
         self.0.helpers.close();
         self.empty_roots().await;
         self.0.network.close().await;
-        self.blocking(|shared| shared.cgroups.close()).await;
+        self.blocking(|shared| {
+            shared.cgroups.close();
+            shared.volumes.close();
+        })
+        .await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where the runtime keeps what: paths below the data folder, in one place.
 
-use crate::model::SandboxId;
+use crate::model::{SandboxId, VolumeId};
 use std::path::{Path, PathBuf};
 
 /// The data folder's paths. Absolute, without symbolic links.
@@ -33,6 +33,16 @@ impl Layout {
     /// Formatted, empty disk images, one per size.
     pub fn empty_disks(&self) -> PathBuf {
         self.data_dir.join("disks")
+    }
+
+    /// All volumes' folders.
+    pub fn volumes(&self) -> PathBuf {
+        self.data_dir.join("volumes")
+    }
+
+    /// One volume's folder.
+    pub fn volume(&self, id: VolumeId) -> VolumeFolder {
+        VolumeFolder { path: self.volumes().join(id.to_string()) }
     }
 
     /// All sandboxes' folders.
@@ -102,5 +112,31 @@ impl SandboxFolder {
     /// CRIU's logs and sockets.
     pub fn work(&self) -> PathBuf {
         self.path.join("work")
+    }
+}
+
+/// What a volume's image is called: not as sandboxes' disks are, so that the two are told apart by it.
+pub(crate) const VOLUME_IMAGE: &str = "volume.img";
+
+/// `volumes/<id>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeFolder {
+    path: PathBuf,
+}
+
+impl VolumeFolder {
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its storage as an image file.
+    pub fn image(&self) -> PathBuf {
+        self.path.join(VOLUME_IMAGE)
+    }
+
+    /// Where that is mounted; without loop devices, the storage itself.
+    pub fn files(&self) -> PathBuf {
+        self.path.join("files")
     }
 }

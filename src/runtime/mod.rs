@@ -20,10 +20,11 @@ pub mod precheck;
 pub mod restored;
 pub mod rootfs;
 pub mod uids;
+pub mod volumes;
 
 pub use restored::Restored;
 
-use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId, SecretRecord};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId, SecretRecord, VolumeMount};
 use std::path::PathBuf;
 
 /// Deleted files up to this size travel in a dump; the pre-dump check refuses larger ones by name.
@@ -74,6 +75,8 @@ pub struct StartRequest {
     pub resources: Resources,
     /// Egress rules of its slot.
     pub network: NetworkPolicy,
+    /// What is mounted in it before its processes run. Those in a dump come back by it, the others are added.
+    pub volumes: Vec<VolumeMount>,
     /// Cold, or from a dump.
     pub from: StartFrom,
 }
@@ -176,6 +179,38 @@ pub struct Usage {
 pub struct Exit {
     /// `exit status 1`, `killed by signal 9`, `out of memory`, or `unknown` after a server restart.
     pub detail: String,
+}
+
+/// How much of a volume leaves a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnmountHow {
+    /// What is mounted at the path.
+    ThisOne {
+        /// Programs keep the files that they have open.
+        forced: bool,
+    },
+    /// Wherever programs inside have moved or bound it.
+    Everywhere {
+        /// Programs keep the files that they have open.
+        forced: bool,
+    },
+}
+
+impl UnmountHow {
+    pub(crate) const fn is_forced(self) -> bool {
+        match self {
+            Self::ThisOne { forced } | Self::Everywhere { forced } => forced,
+        }
+    }
+}
+
+/// What became of a volume that was to be unmounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unmounted {
+    /// It is not mounted there any more.
+    Done,
+    /// Programs have files open on it.
+    Busy,
 }
 
 /// Why the kernel side failed. The core turns it into its own errors; the source chain has the details.
@@ -290,6 +325,12 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// Changes the memory limit of a running one. A limit below what it uses is refused by the kernel.
     async fn set_memory(&self, id: SandboxId, memory: ByteSize) -> Result<(), RuntimeError>;
+
+    /// Mounts a volume in a running one.
+    async fn mount_volume(&self, id: SandboxId, mount: &VolumeMount) -> Result<(), RuntimeError>;
+
+    /// Unmounts a volume in a running one.
+    async fn unmount_volume(&self, id: SandboxId, mount: &VolumeMount, how: UnmountHow) -> Result<Unmounted, RuntimeError>;
 
     /// Removes everything of this instance in the kernel and in `sandboxes/` that belongs to no id in `keep`.
     /// Called once at start, after the last adopt.

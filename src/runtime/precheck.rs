@@ -13,8 +13,10 @@ mod parse;
 
 use super::Finding;
 use super::fill::Fill;
+use super::volumes::seen;
 use crate::sys::xattr;
 use judge::{FdFacts, SocketFacts};
+use nix::sys::stat::{major, minor};
 use parse::Status;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
@@ -45,9 +47,9 @@ const MOUNTINFO_BYTES_MAX: usize = 4 << 20;
 const SHARED_NAMESPACES: [&str; 9] = ["user", "pid", "net", "ipc", "uts", "cgroup", "time", "pid_for_children", "time_for_children"];
 
 /// Everything that keeps the sandbox whose pid 1 is `init` (as the host sees it) from being dumped. Empty: nothing
-/// known does. Reads some files per process and one link per open file; call it where blocking is allowed.
-pub fn findings(init: i32, fill: Fill) -> io::Result<Vec<Finding>> {
-    let mut check = Check::new(init)?;
+/// known does. Volumes are those below `volumes`. Reads some files per process and one link per open file; call it where blocking is allowed.
+pub fn findings(init: i32, fill: Fill, volumes: &Path) -> io::Result<Vec<Finding>> {
+    let mut check = Check::new(init, volumes)?;
     match fill {
         Fill::Complete => {}
         Fill::GoingOn => check.report(1, "memory", "is still being restored; try again in a moment".to_owned()),
@@ -58,15 +60,15 @@ pub fn findings(init: i32, fill: Fill) -> io::Result<Vec<Finding>> {
 
 /// What CRIU dumps well and never restores, alone. Quick enough for tasks that stand still: one look per process, one
 /// mount table per namespace.
-pub(crate) fn never_restored(init: i32) -> io::Result<Vec<Finding>> {
-    Check::new(init)?.walk(init, Check::mounts_of)
+pub(crate) fn never_restored(init: i32, volumes: &Path) -> io::Result<Vec<Finding>> {
+    Check::new(init, volumes)?.walk(init, Check::mounts_of)
 }
 
 struct Check {
     /// What `SHARED_NAMESPACES` are for pid 1.
     namespaces: BTreeMap<&'static str, PathBuf>,
-    /// Device of the root file system: binds of it are fine anywhere.
-    root_device: String,
+    /// Devices of the root file system and of mounted volumes: binds of them are fine anywhere.
+    known_devices: BTreeSet<String>,
     /// Mount namespaces that were judged, and the ids of all mounts in them.
     mount_namespaces: BTreeSet<PathBuf>,
     mount_ids: HashSet<u64>,
@@ -78,7 +80,7 @@ struct Check {
 }
 
 impl Check {
-    fn new(init: i32) -> io::Result<Check> {
+    fn new(init: i32, volumes: &Path) -> io::Result<Check> {
         let mut namespaces = BTreeMap::new();
         for name in SHARED_NAMESPACES {
             // Kernels without time namespaces lack some of them.
@@ -90,9 +92,11 @@ impl Check {
         // The last one mounted there is the one that is seen.
         let root = mounts.iter().rfind(|mount| mount.point == "/");
         let root_device = root.ok_or(io::ErrorKind::NotFound)?.device.clone();
+        let volumes = seen::devices(volumes)?;
+        let volumes = volumes.keys().map(|device| format!("{}:{}", major(*device), minor(*device)));
         Ok(Check {
             namespaces,
-            root_device,
+            known_devices: volumes.chain([root_device]).collect(),
             mount_namespaces: BTreeSet::new(),
             mount_ids: HashSet::new(),
             fds_left: FDS_MAX,
@@ -189,7 +193,7 @@ impl Check {
         }
         for mount in parse::mountinfo(&read_mountinfo(pid)?) {
             self.mount_ids.insert(mount.id);
-            reasons.extend(judge::mount(&mount, &self.root_device));
+            reasons.extend(judge::mount(&mount, &self.known_devices));
         }
         Ok(())
     }
@@ -274,7 +278,7 @@ mod tests {
     fn this_process_is_judged_against_itself() {
         // Not a sandbox, but it has a root file system and open files; what matters is that it is read at all.
         let own = i32::try_from(std::process::id()).unwrap();
-        let mut check = Check::new(own).unwrap();
+        let mut check = Check::new(own, Path::new("/nowhere")).unwrap();
         assert!(check.namespaces.contains_key("user"));
         check.process(own).unwrap();
         assert!(!check.mount_ids.is_empty());
@@ -284,12 +288,12 @@ mod tests {
     #[test]
     fn memory_that_is_still_coming_in_is_a_finding() {
         let own = i32::try_from(std::process::id()).unwrap();
-        let found = findings(own, Fill::GoingOn).unwrap();
+        let found = findings(own, Fill::GoingOn, Path::new("/nowhere")).unwrap();
         assert_eq!((found[0].pid, found[0].command.as_str()), (1, "memory"));
     }
 
     #[test]
     fn a_process_that_does_not_exist_is_an_error() {
-        assert!(findings(i32::MAX, Fill::Complete).is_err());
+        assert!(findings(i32::MAX, Fill::Complete, Path::new("/nowhere")).is_err());
     }
 }

@@ -155,7 +155,7 @@ fn mount_image(image: &Path) -> Result<OwnedFd, RootError> {
 
 /// Opens `image` through a mount of its folder that is attached nowhere: every sandbox may read in sysfs which file is
 /// behind each loop device, and in this way that is `/disk.img` and not the id of its neighbour.
-fn open_nameless(image: &Path) -> io::Result<File> {
+pub(super) fn open_nameless(image: &Path) -> io::Result<File> {
     let (Some(folder), Some(name)) = (image.parent(), image.file_name()) else { return Err(io::ErrorKind::InvalidInput.into()) };
     let folder = clone_mount(folder)?;
     open_beneath(folder.as_fd(), Path::new(name), libc::O_RDWR).map(File::from)

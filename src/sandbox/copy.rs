@@ -125,6 +125,7 @@ impl Driver {
             disk_bytes: ByteSize(folder.bytes().await),
             created_at: self.core.clock.now(),
             synced: false,
+            volumes: self.record.spec.volumes.clone(),
         };
         let disk = folder.disk();
         Ok(self.source(build, disk, Some(row), Held::Made { core: Arc::clone(&self.core), folder, keep: AtomicBool::new(false) }))

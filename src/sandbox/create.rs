@@ -13,11 +13,11 @@ use super::ready_state;
 use super::start::{Origin, Prepared, Ready, StartError, random_boot_id, random_secret, usable_dump};
 use super::tokens::TokenKind;
 use crate::model::{
-    BuildRecord, BuildSource, BuildState, EndReason, LogLevel, SandboxId, SandboxRecord, SandboxSpec, SandboxState, Secure, SnapshotRecord,
-    TemplateId,
+    BuildRecord, BuildSource, BuildState, EndReason, LogLevel, MountPath, SandboxId, SandboxRecord, SandboxSpec, SandboxState, Secure,
+    SnapshotRecord, TemplateId, VolumeName,
 };
 use crate::runtime::DiskSource;
-use crate::store::{Db, StoreError, idempotency, sandboxes, snapshots, templates};
+use crate::store::{Db, StoreError, idempotency, sandboxes, snapshots, templates, volumes};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -50,6 +50,17 @@ pub enum CreateError {
         /// Its state.
         state: &'static str,
     },
+    /// A volume that it is to mount was removed meanwhile.
+    #[error("invalid mounts: volume '{0}' does not exist any more")]
+    NoVolume(VolumeName),
+    /// The snapshot that it is made from brings a volume of its own to this path.
+    #[error("invalid mounts: '{path}' is taken by volume '{taken_by}', which the snapshot has mounted there")]
+    MountTaken {
+        /// The path.
+        path: MountPath,
+        /// Whose it is.
+        taken_by: VolumeName,
+    },
     /// The kernel side failed.
     #[error("sandbox {id} could not be started")]
     Start {
@@ -71,6 +82,14 @@ enum Reserved {
     Replay(SandboxId),
     /// The key was used for something else.
     Conflict,
+    NoVolume(VolumeName),
+}
+
+/// An idempotency key, and what was asked for with it.
+#[derive(Debug, Clone)]
+struct Keyed {
+    key: String,
+    request_hash: String,
 }
 
 /// A sandbox from a build. Goes on when the caller vanishes.
@@ -90,15 +109,17 @@ pub(super) async fn create(core: &Arc<Core>, spec: SandboxSpec, key: Option<Stri
 }
 
 async fn create_to_end(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>) -> Result<SandboxRecord, CreateError> {
-    if let Some(key) = &key
-        && let Some(earlier) = replay(core, key, &spec).await?
+    let keyed = key.map(|key| Keyed { key, request_hash: request_hash(&spec) });
+    if let Some(keyed) = &keyed
+        && let Some(earlier) = replay(core, keyed).await?
     {
         return earlier_one(core, earlier).await;
     }
     let build = ready_build(core, &spec).await?;
+    let spec = with_volumes_of(core, spec, &build).await?;
     let place = core.places.take(spec.resources)?;
     let driver = Driver::of_new(core, new_record(core, spec, 1));
-    let reserved = reserve(core, &driver.record, key.clone()).await;
+    let reserved = reserve(core, &driver.record, keyed.clone()).await;
     match reserved {
         Ok(Reserved::New) => return run_to_ready(driver, Origin::Build(Box::new(build)), place).await,
         Ok(_) | Err(_) => driver.discard(),
@@ -106,7 +127,10 @@ async fn create_to_end(core: &Arc<Core>, spec: SandboxSpec, key: Option<String>)
     drop(place);
     match reserved? {
         Reserved::Replay(earlier) => earlier_one(core, earlier).await,
-        Reserved::New | Reserved::Conflict => Err(CreateError::IdempotencyConflict { key: key.unwrap_or_default() }),
+        Reserved::NoVolume(name) => Err(CreateError::NoVolume(name)),
+        Reserved::New | Reserved::Conflict => {
+            Err(CreateError::IdempotencyConflict { key: keyed.map(|keyed| keyed.key).unwrap_or_default() })
+        }
     }
 }
 
@@ -123,9 +147,14 @@ pub(super) async fn create_copy(
     let mut record = new_record(core, spec, source.generation + 1);
     record.boot_id.clone_from(&source.boot_id);
     let driver = Driver::of_new(core, record);
-    if let Err(error) = reserve(core, &driver.record, None).await {
+    let refused = match reserve(core, &driver.record, None).await {
+        Ok(Reserved::NoVolume(name)) => Some(CreateError::NoVolume(name)),
+        Ok(Reserved::New | Reserved::Replay(_) | Reserved::Conflict) => None,
+        Err(error) => Some(error.into()),
+    };
+    if let Some(error) = refused {
         driver.discard();
-        return Err(error.into());
+        return Err(error);
     }
     run_to_ready(driver, Origin::Copy(source), place).await
 }
@@ -172,38 +201,55 @@ async fn ready_build(core: &Core, spec: &SandboxSpec) -> Result<BuildRecord, Cre
     Err(CreateError::NotReady { template, build: id, state })
 }
 
+/// The processes in a snapshot have their volumes mounted; a sandbox made from it has them too, and those it asks for.
+async fn with_volumes_of(core: &Core, mut spec: SandboxSpec, build: &BuildRecord) -> Result<SandboxSpec, CreateError> {
+    let (BuildSource::Sandbox(_), Some(dump)) = (build.source, build.dump) else { return Ok(spec) };
+    let dump = core.store.read(move |db| snapshots::by_id(db, dump)).await.map_err(StoreFailure::from)?;
+    for mount in dump.into_iter().flat_map(|dump| dump.volumes) {
+        if spec.volumes.iter().any(|asked| asked.path == mount.path) {
+            return Err(CreateError::MountTaken { path: mount.path, taken_by: mount.name });
+        }
+        spec.volumes.push(mount);
+    }
+    Ok(spec)
+}
+
 fn request_hash(spec: &SandboxSpec) -> String {
     let text = serde_json::to_vec(spec).expect("the model's types are plain data with text keys");
     hex::encode(Sha256::digest(text))
 }
 
-async fn replay(core: &Core, key: &str, spec: &SandboxSpec) -> Result<Option<SandboxId>, CreateError> {
-    let asked = key.to_owned();
+async fn replay(core: &Core, keyed: &Keyed) -> Result<Option<SandboxId>, CreateError> {
+    let asked = keyed.key.clone();
     match core.store.read(move |db| idempotency::seen(db, &asked)).await.map_err(StoreFailure::from)? {
         None => Ok(None),
-        Some(seen) if seen.request_hash == request_hash(spec) => Ok(Some(seen.sandbox)),
-        Some(_) => Err(CreateError::IdempotencyConflict { key: key.to_owned() }),
+        Some(seen) if seen.request_hash == keyed.request_hash => Ok(Some(seen.sandbox)),
+        Some(_) => Err(CreateError::IdempotencyConflict { key: keyed.key.clone() }),
     }
 }
 
 /// Writes the first row. Two requests with one key meet here: the store has one writer.
-async fn reserve(core: &Core, record: &SandboxRecord, key: Option<String>) -> Result<Reserved, StoreFailure> {
+async fn reserve(core: &Core, record: &SandboxRecord, keyed: Option<Keyed>) -> Result<Reserved, StoreFailure> {
     let record = record.clone();
-    let written = core.store.write(move |db| insert_unless_seen(db, &record, key.as_deref()));
+    let written = core.store.write(move |db| insert_unless_seen(db, &record, keyed.as_ref()));
     Ok(written.await?)
 }
 
-fn insert_unless_seen(db: &Db<'_>, record: &SandboxRecord, key: Option<&str>) -> Result<Reserved, StoreError> {
-    if let Some(key) = key
-        && let Some(seen) = idempotency::seen(db, key)?
+fn insert_unless_seen(db: &Db<'_>, record: &SandboxRecord, keyed: Option<&Keyed>) -> Result<Reserved, StoreError> {
+    if let Some(keyed) = keyed
+        && let Some(seen) = idempotency::seen(db, &keyed.key)?
     {
-        let is_same = seen.request_hash == request_hash(&record.spec);
+        let is_same = seen.request_hash == keyed.request_hash;
         return Ok(if is_same { Reserved::Replay(seen.sandbox) } else { Reserved::Conflict });
+    }
+    // From here on the row keeps them from being removed.
+    if let Some(mount) = volumes::missing(db, &record.spec.volumes)? {
+        return Ok(Reserved::NoVolume(mount.name.clone()));
     }
     sandboxes::insert(db, record)?;
     templates::count_spawn(db, record.spec.template, record.created_at)?;
-    if let Some(key) = key {
-        idempotency::remember(db, key, &request_hash(&record.spec), record.id, record.created_at)?;
+    if let Some(Keyed { key, request_hash }) = keyed {
+        idempotency::remember(db, key, request_hash, record.id, record.created_at)?;
     }
     Ok(Reserved::New)
 }

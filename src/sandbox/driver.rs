@@ -25,6 +25,7 @@ use super::queue::{Answer, Denied, Ended, Phase, Queue, Step, Ticket, Verb};
 use super::resume::{ConnectError, Connected, ResumeAsk, ResumeFailure};
 use super::start::Origin;
 use super::timeout::{NewEnd, TimeoutError};
+use super::volume_mounts::{VolumeChange, VolumeChangeError};
 use crate::model::{EndReason, EventKind, Keep, NetworkPolicy, SandboxId, SandboxRecord, SandboxState};
 use crate::runtime::{Exit, RuntimeError};
 use crate::store::sandboxes;
@@ -61,6 +62,10 @@ pub(super) enum Request {
     Adjust {
         adjust: Adjust,
         reply: Reply<Result<SandboxRecord, AdjustError>>,
+    },
+    Volumes {
+        change: VolumeChange,
+        reply: Reply<Result<SandboxRecord, VolumeChangeError>>,
     },
     ForgetMemory {
         reply: Reply<Result<SandboxRecord, AdjustError>>,
@@ -358,6 +363,7 @@ impl Driver {
                 self.event(EventKind::Timeout, &result);
                 let _caller_may_be_gone = reply.send(result);
             }
+            Request::Volumes { change, reply } => drop(reply.send(self.change_volumes(change).await)),
             Request::Adjust { adjust, reply } => drop(reply.send(self.adjust(adjust).await)),
             Request::ForgetMemory { reply } => drop(reply.send(self.forget_memory().await)),
             Request::Expired => self.expire().await,

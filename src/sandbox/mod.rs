@@ -49,6 +49,7 @@ mod timers;
 mod tokens;
 mod turns;
 mod unmount;
+mod volume_mounts;
 mod workshop;
 
 pub use self::core::Seams;
@@ -80,4 +81,5 @@ pub use secrets::{NewSecret, SecretContent, SecretError};
 pub use snapshot::{SnapshotInfo, SnapshotPage, SnapshotQuery};
 pub use timeout::TimeoutError;
 pub use tokens::{InstallKey, TokenKind};
+pub use volume_mounts::{VolumeChange, VolumeChangeError, WhenBusy};
 pub use workshop::{Workshop, WorkshopError, WorkshopRequest};

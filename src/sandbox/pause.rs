@@ -126,6 +126,7 @@ pub(super) async fn snapshot_row(core: &Core, id: SnapshotId, sandbox: &SandboxR
         disk_bytes: ByteSize(bytes.saturating_sub(dumped.images_bytes)),
         created_at: core.clock.now(),
         synced: false,
+        volumes: sandbox.spec.volumes.clone(),
     }
 }
 

@@ -271,6 +271,7 @@ fn start_request(id: SandboxId, build: &BuildRecord, control_secret: String) -> 
         disk: DiskSource::Fresh,
         resources: build.resources,
         network: NetworkPolicy::default(),
+        volumes: Vec::new(),
         from: StartFrom::Cold { control_secret },
     }
 }
@@ -310,6 +311,7 @@ async fn record(
         disk_bytes: ByteSize(bytes.saturating_sub(dumped.images_bytes)),
         created_at: core.clock.now(),
         synced: false,
+        volumes: Vec::new(),
     };
     let written = core.store.write(move |db| {
         snapshots::insert(db, &row)?;

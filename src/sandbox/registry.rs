@@ -25,6 +25,7 @@ use super::secrets::{NewSecret, SecretContent, SecretError};
 use super::snapshot::{self, SnapshotInfo, SnapshotPage, SnapshotQuery};
 use super::timeout::{NewEnd, TimeoutError};
 use super::tokens::{InstallKey, TokenKind};
+use super::volume_mounts::{VolumeChange, VolumeChangeError};
 use super::workshop::{Workshop, WorkshopError, WorkshopRequest};
 use super::{housekeeping, secrets, timers};
 use crate::model::{
@@ -219,6 +220,11 @@ impl Registry {
     /// Waits for the end of a verb that is under way.
     pub async fn adjust(&self, id: SandboxId, adjust: Adjust) -> Result<SandboxRecord, AdjustError> {
         self.when_still(id, || self.ask(id, |reply| Request::Adjust { adjust, reply })).await
+    }
+
+    /// Mounts one more volume in a running one, or one less.
+    pub async fn change_volumes(&self, id: SandboxId, change: VolumeChange) -> Result<SandboxRecord, VolumeChangeError> {
+        self.ask(id, |reply| Request::Volumes { change, reply }).await
     }
 
     /// A paused one keeps its files only; a running one is left alone. Waits as an adjust does.

@@ -150,6 +150,7 @@ impl Prepared {
             disk,
             resources: record.spec.resources,
             network: record.spec.network.clone(),
+            volumes: record.spec.volumes.clone(),
             from,
         };
         Self { request, init: introduction(core, record, build), secret }

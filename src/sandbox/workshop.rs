@@ -75,6 +75,7 @@ impl Workshop {
             disk: DiskSource::Fresh,
             resources: request.build.resources,
             network: NetworkPolicy::default(),
+            volumes: Vec::new(),
             from: StartFrom::Cold { control_secret: secret.clone() },
         };
         core.runtime.start(start).await?;

@@ -11,6 +11,7 @@ pub(super) const TRUTH: &[&str] = &[
     include_str!("truth/0002_lists_from_the_index.sql"),
     include_str!("truth/0003_builds.sql"),
     include_str!("truth/0004_secrets.sql"),
+    include_str!("truth/0005_volumes.sql"),
 ];
 /// Of `history.db`. `history/schema.sql` is where they lead.
 pub(super) const HISTORY: &[&str] = &[include_str!("history/0001_first.sql"), include_str!("history/0002_events.sql")];

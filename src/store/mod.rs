@@ -23,6 +23,7 @@ pub mod secrets;
 pub mod snapshots;
 pub mod templates;
 mod value;
+pub mod volumes;
 
 use crate::model::SandboxId;
 use database::Database;

@@ -289,6 +289,7 @@ mod tests {
                 metadata: metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
                 env: BTreeMap::new(),
                 secure: Secure::Token,
+                volumes: Vec::new(),
             },
             created_at: at,
             started_at: at,

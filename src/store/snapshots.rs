@@ -5,7 +5,9 @@ use super::{Db, StoreError};
 use crate::model::{ByteSize, SnapshotId, SnapshotRecord};
 use rusqlite::{OptionalExtension, Row, params};
 
-const COLUMNS: &str = "id, sandbox, key_json, control_secret, memory_bytes, disk_bytes, created_at, synced";
+const COLUMNS: &str = "id, sandbox, key_json, control_secret, memory_bytes, disk_bytes, created_at, synced, \
+     (SELECT json_group_array(json_object('volume', v.id, 'name', v.name, 'path', m.path) ORDER BY m.path) \
+      FROM snapshot_volumes m JOIN volumes v ON v.id = m.volume WHERE m.snapshot = snapshots.id) AS volumes_json";
 
 fn from_row(row: &Row<'_>) -> Result<SnapshotRecord, StoreError> {
     Ok(SnapshotRecord {
@@ -17,6 +19,7 @@ fn from_row(row: &Row<'_>) -> Result<SnapshotRecord, StoreError> {
         disk_bytes: ByteSize(unsigned_in(row, "disk_bytes")?),
         created_at: time_in(row, "created_at")?,
         synced: row.get("synced")?,
+        volumes: json_in(row, "volumes_json")?,
     })
 }
 
@@ -34,6 +37,10 @@ pub fn insert(db: &Db<'_>, record: &SnapshotRecord) -> Result<(), StoreError> {
         micros(record.created_at),
         record.synced,
     ])?;
+    let mut statement = db.0.prepare_cached("INSERT INTO snapshot_volumes (snapshot, volume, path) VALUES (?1, ?2, ?3)")?;
+    for mount in &record.volumes {
+        statement.execute(params![record.id.as_str(), mount.volume.to_string(), mount.path.as_str()])?;
+    }
     Ok(())
 }
 

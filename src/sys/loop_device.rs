@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LOOP_MAJOR: u64 = 7;
@@ -78,17 +79,38 @@ impl LoopDevice {
         Err(io::Error::other(format!("lost the race for a free loop device {RACES_MAX} times")))
     }
 
+    /// The device that has `image` behind it already; held by this, it does not let go of it.
+    pub fn of_image(image: &Path) -> io::Result<Option<Self>> {
+        let Some(number) = holder_of(image)? else { return Ok(None) };
+        let node = open_node(number)?;
+        Ok(is_attached(number, image)?.then_some(Self { number, node }))
+    }
+
+    /// Makes it as large as its file has become.
+    pub fn take_size_of_file(&self) -> io::Result<()> {
+        // SAFETY: an open descriptor; the argument is ignored.
+        nix::errno::Errno::result(unsafe { libc::ioctl(self.node.as_raw_fd(), LOOP_SET_CAPACITY, 0) }).map(drop).map_err(Into::into)
+    }
+
     /// Where the device can be mounted from.
     pub fn path(&self) -> PathBuf {
         node_path(self.number)
     }
 }
 
+/// A file, whatever it is called: device and inode.
+pub type FileKey = (u64, u64);
+
 /// Whether loop device `number` still has `image` behind it.
 pub fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
     let image = std::fs::metadata(image)?;
+    Ok(file_of(number)? == Some((image.dev(), image.ino())))
+}
+
+/// What loop device `number` has behind it.
+fn file_of(number: u32) -> io::Result<Option<FileKey>> {
     let node = match File::open(node_path(number)) {
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENOENT)) => return Ok(false),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENOENT)) => return Ok(None),
         opened => opened?,
     };
     // SAFETY: all zeroes is a valid loop_info64, which is plain integers and arrays.
@@ -96,10 +118,19 @@ pub fn is_attached(number: u32, image: &Path) -> io::Result<bool> {
     // SAFETY: `info` has the kernel's layout, is writable and outlives the call.
     let outcome = unsafe { libc::ioctl(node.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) };
     match nix::errno::Errno::result(outcome) {
-        Ok(_) => Ok(info.inode == image.ino() && info.device == image.dev()),
-        Err(nix::errno::Errno::ENXIO) => Ok(false),
+        Ok(_) => Ok(Some((info.device, info.inode))),
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// The loop devices that have a file of this name behind them, wherever it is: number and file.
+pub fn holders_of_files_called(name: &Path) -> io::Result<Vec<(u32, FileKey)>> {
+    let mut found = Vec::new();
+    for number in with_file_called(name)? {
+        found.extend(file_of(number)?.map(|file| (number, file)));
+    }
+    Ok(found)
 }
 
 /// N of a loop device that has `image` behind it; `None` when there is none or the image does not exist.

@@ -89,6 +89,18 @@ pub fn map_ids(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> io::Result<()> 
     set_attributes(mount, &attributes)
 }
 
+/// Makes an unattached mount fit for somebody who is not trusted: ids through the map of `userns`, no set-user-id
+/// programs, no devices, and nothing that is mounted on it shows anywhere else.
+pub fn confine(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: u64::try_from(userns.as_raw_fd()).map_err(io::Error::other)?,
+    };
+    set_attributes(mount, &attributes)
+}
+
 /// Makes an unattached mount read-only.
 pub fn make_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
     let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
@@ -121,13 +133,33 @@ pub fn attach(mount: impl AsFd, target: &Path) -> io::Result<()> {
     checked(outcome).map(drop)
 }
 
+/// Attaches an unattached mount over the open folder `target`, which is in the caller's mount namespace.
+pub fn attach_over(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    let empty = c"".as_ptr();
+    // SAFETY: both paths are the same constant C string.
+    let outcome = unsafe { libc::syscall(libc::SYS_move_mount, mount.as_raw_fd(), empty, target.as_raw_fd(), empty, flags) };
+    checked(outcome).map(drop)
+}
+
+/// Opens `path` as if `root` were the root of everything: symbolic links are followed within it, `..` ends at it, and
+/// what is no path at all (`/proc/…/fd`) is refused. `mode` is for what `flags` creates.
+pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: i32, mode: u32) -> io::Result<OwnedFd> {
+    open_how(root, path, flags, mode, libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS)
+}
+
 /// Opens `path` below `root` without following any symbolic link and without leaving `root`.
 pub fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    open_how(root, path, flags, 0, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS)
+}
+
+fn open_how(root: BorrowedFd<'_>, path: &Path, flags: i32, mode: u32, resolve: u64) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     // SAFETY: all zeroes is a valid open_how, which is plain integers.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
     how.flags = u64::try_from(flags | libc::O_CLOEXEC).map_err(io::Error::other)?;
-    how.resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS;
+    how.mode = u64::from(mode);
+    how.resolve = resolve;
     // SAFETY: `path` and `how` outlive the call, and the size is that of `how`.
     let fd =
         checked(unsafe { libc::syscall(libc::SYS_openat2, root.as_raw_fd(), path.as_ptr(), &raw const how, size_of::<libc::open_how>()) })?;

@@ -37,6 +37,21 @@ pub fn unmount_elsewhere(devices: &BTreeSet<u64>) -> io::Result<Vec<Copy>> {
     worker.join().map_err(|_| io::Error::other("the thread that enters mount namespaces panicked"))?
 }
 
+/// Runs `work` in the mount namespace of `process`, in a thread of its own. Its root and its working folder are those of
+/// the namespace, whatever the process has made of its own.
+pub fn in_mount_namespace_of<T: Send>(process: i32, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    let namespace = File::open(format!("/proc/{process}/ns/mnt"))?;
+    std::thread::scope(|scope| {
+        let worker = std::thread::Builder::new().name("mounts-inside".to_owned()).spawn_scoped(scope, || {
+            // A thread can change its mount namespace only when it shares its root and working folder with no other.
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(&namespace, CloneFlags::CLONE_NEWNS)?;
+            work()
+        })?;
+        worker.join().map_err(|_| io::Error::other("the thread in another mount namespace panicked"))?
+    })
+}
+
 fn unmount_in_all(devices: &BTreeSet<u64>) -> Vec<Copy> {
     let mut seen: BTreeSet<u64> = namespace_of(Path::new("/proc/self")).into_iter().collect();
     let mut copies = Vec::new();

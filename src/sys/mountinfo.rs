@@ -4,10 +4,20 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
+/// The kernel's number of the mount.
+pub fn id(line: &[u8]) -> Option<u32> {
+    std::str::from_utf8(field(line, 0)?).ok()?.parse().ok()
+}
+
 /// The file system's device number, as `st_dev` has it.
 pub fn device(line: &[u8]) -> Option<u64> {
     let (major, minor) = std::str::from_utf8(field(line, 2)?).ok()?.split_once(':')?;
     Some(nix::sys::stat::makedev(major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Which folder of the file system is mounted; `/` for all of it.
+pub fn root(line: &[u8]) -> Option<PathBuf> {
+    unescape(field(line, 3)?)
 }
 
 /// Where it is mounted.
@@ -42,5 +52,7 @@ mod tests {
         let line = b"40 30 8:1 / /var/lib/still\\040box rw shared:1 - ext4 /dev/sda1 rw";
         assert_eq!(mount_point(line), Some(PathBuf::from("/var/lib/still box")));
         assert_eq!(device(line), Some(nix::sys::stat::makedev(8, 1)));
+        assert_eq!(id(line), Some(40));
+        assert_eq!(root(line), Some(PathBuf::from("/")));
     }
 }

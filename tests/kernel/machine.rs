@@ -76,6 +76,7 @@ impl Machine {
             disk: DiskSource::Fresh,
             resources: Resources { cpu_count: 1, memory: ByteSize::mib(256), disk: ByteSize::gib(20), pids_max: 128 },
             network: NetworkPolicy::default(),
+            volumes: Vec::new(),
             from: StartFrom::Cold { control_secret: SECRET.to_owned() },
         }
     }

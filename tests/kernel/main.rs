@@ -15,3 +15,5 @@ mod network;
 mod roots;
 #[cfg(test)]
 mod sandbox;
+#[cfg(test)]
+mod volumes;

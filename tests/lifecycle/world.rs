@@ -99,6 +99,7 @@ impl World {
             metadata: BTreeMap::from([("owner".into(), "test".into())]),
             env: BTreeMap::from([("GREETING".into(), "hello".into())]),
             secure: Secure::Token,
+            volumes: Vec::new(),
         }
     }
 

@@ -122,9 +122,7 @@ async fn unknown_paths_and_methods_are_json_and_unserved_calls_say_so() {
     let world = World::new().await;
     world.call("no_such_path", "GET", "/nothing", None).await;
     world.call("no_such_method", "PUT", "/snapshots", None).await;
-    for (name, method, path) in [("unserved_build", "POST", "/templates"), ("unserved_volumes", "GET", "/volumes")] {
-        world.call(name, method, path, None).await;
-    }
+    world.call("unserved_build", "POST", "/templates", None).await;
 }
 
 #[tokio::test]
@@ -267,4 +265,62 @@ async fn a_failure_of_ours_tells_its_request_id_and_nothing_else() {
     world.fail_next_start("the disk is on fire");
     let failed = world.call("internal", "POST", "/sandboxes", Some(json!({"templateID": "base"}))).await;
     assert!(!failed.to_string().contains("fire"), "{failed}");
+}
+
+/// A small server's volumes are folders: what needs a kernel is tests/kernel's.
+#[tokio::test]
+async fn volumes_are_made_listed_mounted_and_removed() {
+    let world = World::new().await;
+    let made = world.call("volume_create", "POST", "/volumes", Some(json!({"name": "data_1"}))).await;
+    let id = made["volumeID"].as_str().unwrap().to_owned();
+    world.call("volume_taken", "POST", "/volumes", Some(json!({"name": "data_1"}))).await;
+    world.call("volume_bad_name", "POST", "/volumes", Some(json!({"name": "a b"}))).await;
+    world.call("volumes", "GET", "/volumes", None).await;
+    world.call("volume", "GET", &format!("/volumes/{id}"), None).await;
+    world.call("volume_bad_id", "GET", "/volumes/data_1", None).await;
+    world.call("volume_unknown", "GET", "/volumes/6f2b8c1e-6d0a-4f0e-9c57-0d6a4d1e2f3a", None).await;
+    let new = json!({"templateID": "base", "timeout": 60, "volumeMounts": [{"name": "data_1", "path": "/mnt/data"}]});
+    let created = world.answer("POST", "/sandboxes", Some(new)).await;
+    assert_eq!(created.status, 201, "{}", created.body);
+    let sandbox = created.body["sandboxID"].as_str().unwrap();
+    let shown = world.answer("GET", &format!("/sandboxes/{sandbox}"), None).await.body;
+    assert_eq!(shown["volumeMounts"], json!([{"name": "data_1", "path": "/mnt/data"}]));
+    world.call("volume_in_use", "DELETE", &format!("/volumes/{id}"), None).await;
+    world.call("volume_path_twice", "POST", "/sandboxes", Some(json!({"templateID": "base", "volumeMounts": [
+        {"name": "data_1", "path": "/a"}, {"name": "data_1", "path": "/a"}]}))).await;
+    world.call("volume_path_unclean", "POST", "/sandboxes", Some(json!({"templateID": "base", "volumeMounts": [
+        {"name": "data_1", "path": "/a/../b"}]}))).await;
+    assert_eq!(world.answer("DELETE", &format!("/sandboxes/{sandbox}"), None).await.status, 204);
+    assert_eq!(world.answer("DELETE", &format!("/volumes/{id}"), None).await.status, 204);
+    assert_eq!(world.answer("DELETE", &format!("/volumes/{id}"), None).await.status, 404);
+    assert_eq!(world.answer("GET", "/volumes", None).await.body, json!([]));
+    for name in ["one", "two", "three"] {
+        assert_eq!(world.answer("POST", "/volumes", Some(json!({"name": name}))).await.status, 201);
+    }
+    world.call("volume_too_many", "POST", "/volumes", Some(json!({"name": "four"}))).await;
+}
+
+#[tokio::test]
+async fn the_files_of_a_volume_are_its_tokens_alone() {
+    let world = World::new().await;
+    let one = world.answer("POST", "/volumes", Some(json!({"name": "one"}))).await.body;
+    let two = world.answer("POST", "/volumes", Some(json!({"name": "two"}))).await.body;
+    let (id, token) = (one["volumeID"].as_str().unwrap(), one["token"].as_str().unwrap());
+    let with = |token: &str| world.without_key().with_header("authorization", &format!("Bearer {token}"));
+    let owner = with(token);
+    let at = |call: &str| format!("/volumecontent/{id}/{call}");
+    owner.call("content_make_dir", "POST", &at("dir?path=/folder&uid=1001&mode=493"), None).await;
+    owner.send("content_write", "PUT", &at("file?path=/folder/file"), "text".to_owned()).await;
+    owner.send("content_exists", "PUT", &at("file?path=/folder/file"), "text".to_owned()).await;
+    owner.call("content_list", "GET", &at("dir?path=%2F&depth=2"), None).await;
+    owner.call("content_update", "PATCH", &at("path?path=/folder/file"), Some(json!({"uid": 7, "mode": 384}))).await;
+    owner.call("content_unknown", "GET", &at("path?path=/nothing"), None).await;
+    owner.call("content_bad_uid", "POST", &at("dir?path=/x&uid=70000"), None).await;
+    owner.call("content_bad_depth", "GET", &at("dir?path=/&depth=11"), None).await;
+    assert_eq!(owner.answer("DELETE", &at("path?path=/"), None).await.status, 404);
+    assert_eq!(owner.answer("DELETE", &at("path?path=/folder"), None).await.status, 204);
+    for stranger in [with(two["token"].as_str().unwrap()), with(""), world.without_key(), world.clone()] {
+        assert_eq!(stranger.answer("GET", &at("dir?path=/"), None).await.status, 401);
+    }
+    with("x").call("content_wrong_token", "GET", &at("dir?path=/"), None).await;
 }

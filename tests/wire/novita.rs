@@ -203,3 +203,25 @@ async fn both_dialects_race_pause_clone_and_kill_on_one_sandbox() {
     }
     assert!(novita.running().is_empty());
 }
+
+#[tokio::test]
+async fn volumes_have_a_quota_and_come_to_running_sandboxes() {
+    let world = world().await;
+    let new = json!({"name": "data", "quotaSizeGiB": 2, "quotaInodes": 2000});
+    let made = world.call("novita/volume_create", "POST", "/volumes", Some(new)).await;
+    let path = format!("/volumes/{}", made["volumeID"].as_str().unwrap());
+    world.call("novita/volumes", "GET", "/volumes", None).await;
+    world.call("novita/volume_grown", "PATCH", &path, Some(json!({"quotaSizeGiB": 5, "quotaInodes": 5000}))).await;
+    world.call("novita/volume_shrinks", "PATCH", &path, Some(json!({"quotaSizeGiB": 1}))).await;
+    world.call("novita/volume_bad_quota", "PATCH", &path, Some(json!({"quotaSizeGiB": 0}))).await;
+    let created = world.answer("POST", "/sandboxes", Some(json!({"templateID": "base", "timeout": 300}))).await.body;
+    let mounts = format!("/sandboxes/{}/volume-mounts", id(&created));
+    world.call("novita/volume_mounted", "POST", &mounts, Some(json!({"name": "data", "path": "/mnt/data"}))).await;
+    world.call("novita/volume_mounted_twice", "POST", &mounts, Some(json!({"name": "data", "path": "/mnt/data"}))).await;
+    assert_eq!(world.answer("DELETE", &path, None).await.status, 409);
+    world.call("novita/volume_unmounted", "DELETE", &format!("{mounts}?path=%2Fmnt%2Fdata"), None).await;
+    world.call("novita/volume_not_mounted", "DELETE", &format!("{mounts}?path=%2Fmnt%2Fdata&force=true"), None).await;
+    assert_eq!(world.answer("DELETE", &path, None).await.status, 204);
+    let gone = world.answer("POST", "/sandboxes/i00000000000000000000/volume-mounts", Some(json!({"name": "data", "path": "/x"}))).await;
+    assert_eq!(gone.status, 404);
+}

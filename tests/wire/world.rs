@@ -11,11 +11,16 @@ use std::sync::Arc;
 use std::time::Duration;
 use stillbox::api::{ApiConfig, ApiState, router};
 use stillbox::model::{BuildId, BuildRecord, BuildSource, BuildState, ByteSize, Resources, SandboxId, TemplateId, TemplateRecord};
+use stillbox::runtime::config::DiskDriver;
+use stillbox::runtime::disk::Disks;
 use stillbox::runtime::fake::{Fake, Verb};
+use stillbox::runtime::layout::Layout;
+use stillbox::runtime::volumes::Volumes as Storage;
 use stillbox::sandbox::{InstallKey, Registry, SandboxConfig, SnapshotSync};
 use stillbox::store::{Store, templates};
 use stillbox::template::build::{BuildConfig, Builds, BuildsMeans};
 use stillbox::template::{TemplateConfig, Templates, UnpackLimits};
+use stillbox::volume::{VolumeConfig, Volumes, VolumesMeans};
 use tempfile::TempDir;
 use time::OffsetDateTime;
 use tower::ServiceExt;
@@ -61,6 +66,7 @@ impl World {
         .await
         .unwrap();
         let templates = Templates::open(template_config(folder.path()), store.clone());
+        let (store_of_volumes, key_of_volumes) = (store.clone(), key.clone());
         let means: Arc<dyn Fn() -> BuildsMeans + Send + Sync> = {
             let (folder, templates, registry) = (folder.path().to_owned(), templates.clone(), registry.clone());
             Arc::new(move || BuildsMeans {
@@ -74,8 +80,17 @@ impl World {
             })
         };
         let builds = Builds::open(means()).await.unwrap();
+        let layout = Layout::new(folder.path()).unwrap();
+        let disks = Disks::open(layout.clone(), DiskDriver::Folder, ByteSize(0));
+        let volumes = Volumes::open(VolumesMeans {
+            config: VolumeConfig { count_max: 3, ..VolumeConfig::default() },
+            store: store_of_volumes,
+            storage: Storage::new(layout, disks),
+            key: key_of_volumes,
+        });
+        let volumes = volumes.await.unwrap();
         let config = ApiConfig::new(vec![KEY.to_owned()], "stillbox.localhost:3443");
-        let router = router(ApiState::new(registry.clone(), templates, builds, config));
+        let router = router(ApiState::new(registry.clone(), templates, builds, volumes, config));
         Self { router, registry, runtime, means, headers: vec![("x-api-key", KEY.to_owned())], _folder: folder }
     }
 

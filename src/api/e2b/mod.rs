@@ -19,6 +19,8 @@ pub(in crate::api) mod snapshots;
 mod teams;
 pub(in crate::api) mod templates;
 mod unserved;
+mod volume_content;
+pub(in crate::api) mod volumes;
 pub(in crate::api) mod wire;
 
 use super::ApiState;
@@ -29,8 +31,8 @@ use axum::routing::{get, post, put};
 
 /// Every call of the dialect, those that are not served included.
 pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
-    let with_key = sandboxes().merge(snapshots_and_templates()).merge(template_builds()).merge(unserved::routes());
-    let open = Router::new().route("/health", get(health)).route("/templates/{id}/files/{hash}", put(builds::upload));
+    let with_key = sandboxes().merge(snapshots_and_templates()).merge(template_builds()).merge(volumes()).merge(unserved::routes());
+    let open = Router::new().route("/health", get(health)).route("/templates/{id}/files/{hash}", put(builds::upload)).merge(volume_contents());
     with_key.route_layer(from_fn_with_state(state.clone(), require_key)).merge(open)
 }
 
@@ -76,6 +78,21 @@ fn template_builds() -> Router<ApiState> {
         .route("/templates/{id}/builds/{build}/status", get(builds::status))
         .route("/templates/{id}/builds/{build}/logs", get(builds::logs))
         .route("/templates/{id}/files/{hash}", get(builds::file_link))
+}
+
+fn volumes() -> Router<ApiState> {
+    Router::new()
+        .route("/volumes", get(volumes::all).post(volumes::create))
+        .route("/volumes/{id}", get(volumes::info).delete(volumes::remove))
+}
+
+/// Each volume has a token of its own.
+fn volume_contents() -> Router<ApiState> {
+    let path = get(volume_content::stat).patch(volume_content::update).delete(volume_content::remove);
+    Router::new()
+        .route("/volumecontent/{id}/path", path)
+        .route("/volumecontent/{id}/dir", get(volume_content::list).post(volume_content::make_folder))
+        .route("/volumecontent/{id}/file", get(volume_content::read).put(volume_content::write))
 }
 
 /// Whether the server answers at all; needs no key. JSON, because HopX's clients ask here too and parse it.

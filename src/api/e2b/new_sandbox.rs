@@ -1,14 +1,17 @@
 //! A create request, parsed once: from E2B's JSON to the core's specification.
 
+use super::super::ApiState;
 use super::super::error::ApiError;
 use super::{ask, network, wire};
-use crate::model::{AutoResume, Keep, Lifecycle, NetworkPolicy, OnTimeout, SandboxSpec, Secure};
+use crate::model::{AutoResume, Keep, Lifecycle, NetworkPolicy, OnTimeout, SandboxSpec, Secure, VolumeMount};
 use crate::template::Resolved;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Pairs of metadata and of environment variables, each.
 const PAIRS_MAX: usize = 1024;
+/// Volumes of one sandbox.
+const MOUNTS_MAX: usize = 64;
 
 /// Which of the two create calls it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +49,8 @@ pub(in crate::api) struct Wanted {
     metadata: BTreeMap<String, String>,
     env: BTreeMap<String, String>,
     secure: Secure,
+    /// Volumes by name, and paths.
+    mounts: Vec<(String, String)>,
 }
 
 impl Wanted {
@@ -61,11 +66,18 @@ impl Wanted {
             metadata: pairs("metadata", new.metadata)?,
             env: environment(new.env_vars)?,
             secure,
+            mounts: mounts(new.volume_mounts)?,
         })
     }
 
-    /// The specification, now that the template is known.
-    pub(in crate::api) fn of(self, resolved: &Resolved) -> SandboxSpec {
+    /// The specification, once template and volumes are known.
+    pub(in crate::api) async fn resolved(self, state: &ApiState) -> Result<SandboxSpec, ApiError> {
+        let resolved = state.templates.resolve(&self.template).await?;
+        let volumes = state.volumes.mounts(&self.mounts).await?;
+        Ok(self.of(&resolved, volumes))
+    }
+
+    fn of(self, resolved: &Resolved, volumes: Vec<VolumeMount>) -> SandboxSpec {
         SandboxSpec {
             template: resolved.template.id,
             build: resolved.build.id,
@@ -76,6 +88,7 @@ impl Wanted {
             metadata: self.metadata,
             env: self.env,
             secure: self.secure,
+            volumes,
         }
     }
 }
@@ -107,10 +120,15 @@ fn lifecycle(new: &wire::NewSandbox, version: Version, timeout_max: Duration) ->
     })
 }
 
-fn refuse_unserved(new: &wire::NewSandbox) -> Result<(), ApiError> {
-    if let Some(mount) = new.volume_mounts.as_ref().and_then(|mounts| mounts.first()) {
-        return Err(ApiError::bad_request(format!("invalid mounts: volumeMounts names the volume '{}', which does not exist", mount.name)));
+fn mounts(asked: Option<Vec<wire::VolumeMount>>) -> Result<Vec<(String, String)>, ApiError> {
+    let asked = asked.unwrap_or_default();
+    match asked.len() {
+        0..=MOUNTS_MAX => Ok(asked.into_iter().map(|mount| (mount.name, mount.path)).collect()),
+        count => Err(ApiError::bad_request(format!("invalid mounts: volumeMounts has {count} entries; the limit is {MOUNTS_MAX}"))),
     }
+}
+
+fn refuse_unserved(new: &wire::NewSandbox) -> Result<(), ApiError> {
     if new.iam.as_ref().and_then(|iam| iam.tokens.as_ref()).is_some_and(|tokens| !tokens.is_empty()) {
         return Err(ApiError::bad_request("iam.tokens is set; this server issues no workload identities"));
     }
@@ -194,7 +212,8 @@ mod tests {
         assert!(refused(serde_json::json!({"templateID":"b","autoPauseMemory":false})).starts_with("autoPauseMemory is false"));
         let both = serde_json::json!({"templateID":"b","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}});
         assert!(refused(both).contains("excludes autoResume"));
-        assert!(refused(serde_json::json!({"templateID":"b","volumeMounts":[{"name":"v","path":"/v"}]})).starts_with("invalid mounts"));
+        let mounts: Vec<_> = (0..65).map(|n| serde_json::json!({"name":"v","path":format!("/{n}")})).collect();
+        assert!(refused(serde_json::json!({"templateID":"b","volumeMounts":mounts})).starts_with("invalid mounts: volumeMounts has 65"));
         assert!(refused(serde_json::json!({"templateID":"b","envVars":{"A=B":"c"}})).contains("'A=B'"));
         assert!(refused(serde_json::json!({"templateID":"b","envVars":{"A":"\u{0}"}})).contains("'A'"));
     }

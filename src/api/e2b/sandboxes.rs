@@ -6,7 +6,7 @@ use super::super::error::ApiError;
 use super::ask::SandboxPath;
 use super::new_sandbox::{Version, Wanted};
 use super::{network, wire};
-use crate::model::{AutoResume, Keep, OnTimeout, PublicTraffic, SandboxRecord, SandboxState, Secure};
+use crate::model::{AutoResume, Keep, OnTimeout, PublicTraffic, SandboxRecord, SandboxState, Secure, VolumeMount};
 use crate::sandbox::TokenKind;
 use axum::Json;
 use axum::extract::State;
@@ -38,8 +38,7 @@ async fn create_as(
 ) -> Result<(StatusCode, Json<wire::Sandbox>), ApiError> {
     let key = idempotency_key(&headers)?;
     let wanted = Wanted::parse(new, version, state.config.timeout_max)?;
-    let resolved = state.templates.resolve(&wanted.template).await?;
-    let record = state.registry.create(wanted.of(&resolved), key).await?;
+    let record = state.registry.create(wanted.resolved(&state).await?, key).await?;
     Ok((StatusCode::CREATED, Json(sandbox(&state, record))))
 }
 
@@ -101,8 +100,12 @@ pub(super) fn listed(record: SandboxRecord) -> wire::ListedSandbox {
         metadata: record.spec.metadata,
         state: shown_state(record.state),
         envd_version: wire::ENVD_VERSION,
-        volume_mounts: Vec::new(),
+        volume_mounts: record.spec.volumes.iter().map(volume_mount).collect(),
     }
+}
+
+fn volume_mount(mount: &VolumeMount) -> wire::VolumeMount {
+    wire::VolumeMount { name: mount.name.to_string(), path: mount.path.to_string() }
 }
 
 /// E2B knows two words; a sandbox is running only while it can be used.

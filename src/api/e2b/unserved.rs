@@ -4,15 +4,12 @@ use super::super::ApiState;
 use super::super::error::ApiError;
 use axum::Router;
 use axum::extract::Request;
-use axum::routing::{any, post};
+use axum::routing::post;
 
 /// All of them that have a path of their own.
 pub(super) fn routes() -> Router<ApiState> {
     Router::new()
         .route("/templates/{id}/builds/{build}", post(build))
-        .route("/volumes", any(volumes))
-        .route("/volumes/{id}", any(volumes))
-        .route("/volumecontent/{*path}", any(volumes))
 }
 
 pub(super) async fn build(request: Request) -> ApiError {
@@ -20,10 +17,6 @@ pub(super) async fn build(request: Request) -> ApiError {
         &request,
         "builds from an image that the client pushes ended with E2B's first CLI; use Template.build of an SDK from 2.0 on, or `stillbox template build`",
     )
-}
-
-async fn volumes(request: Request) -> ApiError {
-    refuse(&request, "this server has no volumes")
 }
 
 fn refuse(request: &Request, what: &str) -> ApiError {

@@ -61,6 +61,54 @@ pub(in crate::api) struct VolumeMount {
     pub(in crate::api) path: String,
 }
 
+/// `POST /volumes`.
+#[derive(Debug, Deserialize)]
+pub(in crate::api) struct NewVolume {
+    pub(in crate::api) name: String,
+}
+
+/// An entry of `GET /volumes`.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct Volume {
+    #[serde(rename = "volumeID")]
+    pub(in crate::api) volume_id: String,
+    pub(in crate::api) name: String,
+}
+
+/// What `POST /volumes` and `GET /volumes/{id}` answer. Without `domain`: clients compose `api.<domain>` of their own.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct VolumeAndToken {
+    #[serde(flatten)]
+    pub(in crate::api) volume: Volume,
+    pub(in crate::api) token: String,
+}
+
+/// What the content API tells of an entry. `ctime` is when it was made.
+#[derive(Debug, Serialize)]
+pub(in crate::api) struct VolumeEntry {
+    pub(in crate::api) name: String,
+    #[serde(rename = "type")]
+    pub(in crate::api) kind: &'static str,
+    pub(in crate::api) path: String,
+    pub(in crate::api) size: u64,
+    pub(in crate::api) mode: u32,
+    pub(in crate::api) uid: u32,
+    pub(in crate::api) gid: u32,
+    pub(in crate::api) atime: Time,
+    pub(in crate::api) mtime: Time,
+    pub(in crate::api) ctime: Time,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(in crate::api) target: Option<String>,
+}
+
+/// `PATCH /volumecontent/{id}/path`.
+#[derive(Debug, Default, Deserialize)]
+pub(in crate::api) struct VolumeEntryUpdate {
+    pub(in crate::api) uid: Option<u32>,
+    pub(in crate::api) gid: Option<u32>,
+    pub(in crate::api) mode: Option<u32>,
+}
+
 /// `network` of a create request.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -158,7 +158,7 @@ impl From<CreateError> for HopxError {
             CreateError::TooMany(full) => too_many(full),
             CreateError::ShuttingDown => shutting_down(error.to_string()),
             CreateError::Killed(_) | CreateError::IdempotencyConflict { .. } => Self::wrong_state(error.to_string()),
-            CreateError::NotReady { .. } => Self::invalid(error.to_string()),
+            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } => Self::invalid(error.to_string()),
             CreateError::Start { .. } | CreateError::Store(_) => Self::internal(error),
         }
     }

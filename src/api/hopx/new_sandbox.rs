@@ -47,6 +47,7 @@ impl Wanted {
             metadata: BTreeMap::new(),
             env: self.env,
             secure: Secure::Token,
+            volumes: Vec::new(),
         }
     }
 }

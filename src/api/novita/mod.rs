@@ -14,7 +14,7 @@ mod observe;
 mod rules;
 mod sandboxes;
 mod secrets;
-mod unserved;
+mod volumes;
 mod wire;
 
 pub use rules::NovitaConfig;
@@ -27,7 +27,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::{any, get, post};
+use axum::routing::{get, patch, post};
 pub(super) use caller::is_spoken_in;
 use tower::ServiceExt;
 
@@ -47,6 +47,8 @@ pub(super) fn over(state: &ApiState, rest: Router) -> Router {
         .route("/v2/templates", get(account::templates))
         .route("/secrets", get(secrets::all).post(secrets::create))
         .route("/secrets/{name}", get(secrets::info).put(secrets::replace).delete(secrets::remove))
+        .route("/volumes", get(volumes::all).post(volumes::create))
+        .route("/volumes/{id}", get(volumes::info))
         // Otherwise `{id}` above would take them.
         .merge(account())
         .route_layer(from_fn_with_state(state.clone(), require_key));
@@ -80,7 +82,8 @@ pub(super) fn own(state: &ApiState) -> Router<ApiState> {
         .route("/sandboxes/{id}/commit", post(copies::commit))
         .route("/sandboxes/{id}/reset", post(lifecycle::reset))
         .route("/sandboxes/{id}/hotplug-memory", post(lifecycle::hotplug_memory))
-        .route("/sandboxes/{id}/volume-mounts", any(unserved::volume_mounts))
+        .route("/sandboxes/{id}/volume-mounts", post(volumes::mount).delete(volumes::unmount))
+        .route("/volumes/{id}", patch(volumes::update))
         .route_layer(from_fn_with_state(state.clone(), require_key))
 }
 

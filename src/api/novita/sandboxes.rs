@@ -30,8 +30,7 @@ pub(super) async fn create(
     let key = idempotency_key(&headers)?;
     let secrets = new.secrets.take().unwrap_or_default();
     let wanted = parse(new, bounds(&state))?;
-    let resolved = state.templates.resolve(&wanted.template).await?;
-    let mut spec = wanted.of(&resolved);
+    let mut spec = wanted.resolved(&state).await?;
     secrets::bind(&state, secrets, &mut spec).await?;
     let record = state.registry.create(spec, key).await?;
     Ok((StatusCode::CREATED, Json(sandbox(&state, record))))

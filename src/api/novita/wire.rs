@@ -107,6 +107,55 @@ pub(super) struct HotplugMemory {
     pub(super) requested_size_mib: i64,
 }
 
+/// `POST /volumes`.
+#[derive(Debug, Deserialize)]
+pub(super) struct NewVolume {
+    pub(super) name: String,
+    #[serde(flatten)]
+    pub(super) quota: VolumeQuota,
+}
+
+/// `PATCH /volumes/{id}`. Clients send a number of files too, a thousand for each GiB.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct VolumeQuota {
+    #[serde(rename = "quotaSizeGiB")]
+    pub(super) quota_size_gib: Option<i64>,
+}
+
+/// What a volume may hold, and what it holds.
+#[derive(Debug, Serialize)]
+pub(super) struct VolumeUsage {
+    #[serde(rename = "quotaSizeGiB")]
+    pub(super) quota_size_gib: u64,
+    #[serde(rename = "usedSizeBytes")]
+    pub(super) used_size_bytes: u64,
+}
+
+/// An entry of `GET /volumes`.
+#[derive(Debug, Serialize)]
+pub(super) struct ListedVolume {
+    #[serde(flatten)]
+    pub(super) volume: e2b::Volume,
+    #[serde(flatten)]
+    pub(super) usage: VolumeUsage,
+}
+
+/// What the other calls of `/volumes` answer.
+#[derive(Debug, Serialize)]
+pub(super) struct VolumeWithQuota {
+    #[serde(flatten)]
+    pub(super) volume: e2b::VolumeAndToken,
+    #[serde(flatten)]
+    pub(super) usage: VolumeUsage,
+}
+
+/// What a sandbox has mounted now.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct VolumeMounts {
+    pub(super) volume_mounts: Vec<e2b::VolumeMount>,
+}
+
 /// `POST /sandboxes/{id}/pause`; whether it waits for the image makes no difference here: it always does.
 #[derive(Default, Deserialize)]
 pub(super) struct Pause {

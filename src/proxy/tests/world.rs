@@ -118,6 +118,7 @@ pub(super) fn spec() -> SandboxSpec {
         metadata: BTreeMap::new(),
         env: BTreeMap::new(),
         secure: Secure::Token,
+        volumes: Vec::new(),
     }
 }
 

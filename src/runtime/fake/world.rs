@@ -1,10 +1,10 @@
 //! The fake's sandboxes, and the handles by which a test makes verbs fail or wait.
 
 use super::agent::{FakeAgent, Process};
-use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, ProcessRef, SandboxId};
+use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, ProcessRef, SandboxId, VolumeMount};
 use crate::runtime::{
     AfterDump, DUMPED_FILE, DiskSource, DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartFrom, StartRequest,
-    Usage, WrittenFiles,
+    UnmountHow, Unmounted, Usage, WrittenFiles,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -38,6 +38,10 @@ pub enum Verb {
     Usage,
     /// [`Runtime::set_network`].
     SetNetwork,
+    /// [`Runtime::mount_volume`].
+    MountVolume,
+    /// [`Runtime::unmount_volume`].
+    UnmountVolume,
     /// [`Runtime::sweep`].
     Sweep,
     /// [`Runtime::filled`].
@@ -417,6 +421,15 @@ impl Runtime for Fake {
             true => Ok(()),
             false => Err(RuntimeError::NotRunning { id }),
         }
+    }
+
+    async fn mount_volume(&self, id: SandboxId, _mount: &VolumeMount) -> Result<(), RuntimeError> {
+        self.pass(Verb::MountVolume, Some(id)).await
+    }
+
+    async fn unmount_volume(&self, id: SandboxId, _mount: &VolumeMount, _how: UnmountHow) -> Result<Unmounted, RuntimeError> {
+        self.pass(Verb::UnmountVolume, Some(id)).await?;
+        Ok(Unmounted::Done)
     }
 
     async fn sweep(&self, keep: &[SandboxId]) -> Result<(), RuntimeError> {

@@ -5,8 +5,10 @@ use super::super::devices::DEVICE_NODES;
 use super::super::layout::SandboxFolder;
 use super::super::network::InnerNetwork;
 use super::super::rootfs::{RootError, RootPlan, STAGE, enter_stage, mount_root};
+use super::super::volumes::VolumeBind;
 use super::bundle::{Places, describe};
 use super::criu::place;
+use super::volumes::{attach_inside, fitted};
 use super::{HelperStep, Operation};
 use crate::model::{ProcessRef, SandboxId};
 use crate::sys::mount::{attach, clone_mount};
@@ -22,7 +24,7 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -52,6 +54,8 @@ pub(crate) struct ColdStart {
     pub(crate) mounts: SandboxMounts,
     /// Terminals at once.
     pub(crate) ptys_max: u32,
+    /// Volumes, mounted before pid 1 goes on.
+    pub(crate) volumes: Vec<VolumeBind>,
     /// What the kernel counts per namespace.
     pub(crate) limits: Limits,
 }
@@ -88,6 +92,8 @@ fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
     place_devices(&Path::new(STAGE).join("root"), request.root.uid_base).map_err(HelperStep::wrap("making its devices"))?;
     limit_namespace(&userns, &request.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
     Netns::of_process(pid).and_then(|netns| request.network.attach(&netns)).map_err(HelperStep::wrap("connecting its network"))?;
+    let volumes = fitted(&request.volumes, userns.as_fd()).and_then(|volumes| attach_inside(volumes, pid, request.root.uid_base));
+    volumes.map_err(HelperStep::wrap("mounting its volumes"))?;
     container.start().map_err(HelperStep::wrap("starting pid 1"))?;
     let start_ticks = start_ticks(pid).map_err(HelperStep::wrap("looking at pid 1"))?;
     Ok(ProcessRef { pid, start_ticks })
@@ -204,6 +210,6 @@ pub(super) fn limit_namespace(userns: &OwnedFd, limits: &Limits) -> io::Result<(
 }
 
 /// The user namespace of a process.
-pub(super) fn userns_of(pid: i32) -> io::Result<OwnedFd> {
+pub(in crate::runtime) fn userns_of(pid: i32) -> io::Result<OwnedFd> {
     Ok(File::open(format!("/proc/{pid}/ns/user"))?.into())
 }

@@ -15,6 +15,7 @@
 
 mod cure;
 mod failure;
+pub(super) mod files;
 mod frozen;
 mod images;
 mod journal;
@@ -144,6 +145,8 @@ pub(crate) struct DumpOptions<'a> {
     pub(crate) after: AfterDump,
     /// The cgroups that they are in.
     pub(crate) cgroups: &'a [PathBuf],
+    /// Mounts that are not the sandbox's own: `mnt[path inside]:name`.
+    pub(crate) externals: Vec<String>,
     /// Bound on the whole operation, memory writing included.
     pub(crate) deadline: Duration,
 }
@@ -164,6 +167,7 @@ pub(crate) fn dump(options: &DumpOptions<'_>, mut on_frozen: impl FnMut() -> Res
     let work = open_folder(options.work)?;
     let mut request = shared_options(&images, &work, Verb::Dump);
     request.pid = Some(options.init);
+    request.external.clone_from(&options.externals);
     request.leave_running = Some(options.after == AfterDump::KeepRunning);
     request.tcp_skip_in_flight = Some(true);
     // The veth goes away or the tasks stand still: nobody outside can see a half-dumped connection.
@@ -231,6 +235,8 @@ pub(crate) struct RestoreOptions<'a> {
     pub(crate) uid_base: u32,
     /// The sandbox's fresh cgroups: one folder on v2, one per hierarchy on v1.
     pub(crate) cgroups: &'a [PathBuf],
+    /// What the mounts are that the dump only names: `mnt[name]:path here`.
+    pub(crate) externals: Vec<String>,
     /// Whether memory is read before or after the tasks run.
     pub(crate) memory: Memory<'a>,
     /// Bound on the whole operation.
@@ -275,6 +281,7 @@ pub(crate) fn restore(
     let work = open_folder(options.work)?;
     let mut request = shared_options(&images, &work, Verb::Restore);
     request.root = Some(options.root.to_string_lossy().into_owned());
+    request.external.clone_from(&options.externals);
     request.rst_sibling = Some(true);
     request.lazy_pages = Some(options.memory != Memory::Now);
     let filler = match options.memory {

@@ -2,8 +2,10 @@
 
 use super::super::disk::{DiskError, copy_of_mounted, sync_mounted};
 use super::super::{AfterDump, DUMPED_FILE, Dumped};
+use super::criu::files::forget_sizes;
 use super::criu::{self, CriuError, DumpOptions, HookError, place};
 use super::undo::end_what_is_torn;
+use super::volumes::Left;
 use super::{AtWork, HelperStep, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
@@ -22,6 +24,8 @@ pub(crate) struct Dump {
     pub(crate) init: i32,
     /// An existing, empty folder.
     pub(crate) images: PathBuf,
+    /// Where volumes are.
+    pub(crate) volumes: PathBuf,
     /// Where a copy of the disk goes, made while the tasks stand still.
     pub(crate) disk_copy: Option<PathBuf>,
     /// What becomes of the tasks.
@@ -51,6 +55,7 @@ impl Operation for Dump {
         be_spared_by_the_oom_killer();
         let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
         let work = self.folder.work();
+        let left = Left::of(self.init, &self.volumes).map_err(HelperStep::wrap("looking at its volumes"))?;
         let options = DumpOptions {
             criu: &self.criu,
             init: self.init,
@@ -58,6 +63,7 @@ impl Operation for Dump {
             work: &work,
             after: self.after,
             cgroups: &self.cgroup_folders,
+            externals: left.externals(),
             deadline: self.deadline,
         };
         self.sync_disk_ahead().map_err(HelperStep::wrap("writing the disk's changes to its image"))?;
@@ -67,6 +73,9 @@ impl Operation for Dump {
         let report = criu::dump(&options, || {
             self.refuse_what_came_since_the_check()?;
             self.copy_disk()?;
+            if !left.mounts().is_empty() {
+                forget_sizes(&self.images, &left.mounts())?;
+            }
             dumped = Some(self.record(began.elapsed())?);
             Ok(())
         });
@@ -82,7 +91,7 @@ impl Operation for Dump {
 impl Dump {
     /// The tasks ran on after the check; now they stand still.
     fn refuse_what_came_since_the_check(&self) -> Result<(), HookError> {
-        let found = precheck::never_restored(self.init)?;
+        let found = precheck::never_restored(self.init, &self.volumes)?;
         match found.first() {
             Some(first) => Err(format!("{} (pid {}): {}", first.command, first.pid, first.reason).into()),
             None => Ok(()),

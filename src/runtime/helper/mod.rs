@@ -14,6 +14,7 @@ mod nursery;
 pub(crate) mod prepare;
 pub(crate) mod restore;
 pub(crate) mod undo;
+pub(in crate::runtime) mod volumes;
 
 use super::layout::SandboxFolder;
 use nix::errno::Errno;

@@ -2,8 +2,10 @@
 
 use super::super::network::InnerNetwork;
 use super::super::rootfs::{RootPlan, mount_root};
+use super::super::volumes::VolumeBind;
 use super::container::{Limits, limit_namespace, prepare_this_process, userns_of};
 use super::criu::{self, Memory, RestoreOptions, place};
+use super::volumes::Staged;
 use super::{HelperStep, Operation};
 use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::layout::SandboxFolder;
@@ -37,6 +39,8 @@ pub(crate) struct Restore {
     pub(crate) criu: PathBuf,
     /// From this much memory on, the sandbox runs before all of it is in.
     pub(crate) lazy_min: ByteSize,
+    /// Volumes: those that the dump names, and those that are added.
+    pub(crate) volumes: Vec<VolumeBind>,
     /// What the kernel counts per namespace.
     pub(crate) limits: Limits,
     /// Bound on CRIU's work.
@@ -91,6 +95,7 @@ impl Operation for Restore {
         }
         let folder = self.root.folder();
         let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
+        let volumes = Staged::prepare(&self.volumes, self.root.uid_base())?;
         prepare_this_process();
         let memory = memory_in(&self.images).map_err(HelperStep::wrap("looking at the images"))?;
         let options = RestoreOptions {
@@ -100,6 +105,7 @@ impl Operation for Restore {
             root: &folder.root_mount(),
             uid_base: self.root.uid_base(),
             cgroups: &self.cgroup_folders,
+            externals: volumes.externals(),
             memory: match memory >= self.lazy_min {
                 true => Memory::Lazily { executable: Path::new("/proc/self/exe") },
                 false => Memory::Now,
@@ -109,6 +115,7 @@ impl Operation for Restore {
         let mut running = None;
         let attach = |netns: &Netns, _init| Ok(self.network.attach(netns)?);
         let note = |init| {
+            volumes.attach_missing(init, self.root.uid_base())?;
             let kernel = running.insert(self.kernel_ref(init)?);
             Ok(restored::begin(folder, kernel)?)
         };

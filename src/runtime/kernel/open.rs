@@ -13,6 +13,7 @@ use crate::runtime::layout::Layout;
 use crate::runtime::network::{Network, NetworkError};
 use crate::runtime::uids::UidPool;
 use crate::sys::mountinfo::mount_point;
+use crate::runtime::volumes::Volumes;
 use nix::mount::{MsFlags, mount};
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -106,6 +107,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         inner_address: network.inner_address().to_string(),
     };
     Ok(Shared {
+        volumes: Volumes::new(layout.clone(), disks.clone()),
         disks,
         cgroups: Cgroups::open(instance)?,
         uids: UidPool::new(config.uid_ranges, instance),

@@ -12,6 +12,7 @@ use crate::runtime::helper::undo::UndoDump;
 use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
+use crate::runtime::volumes::VolumeBind;
 use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Restored, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
@@ -51,13 +52,17 @@ impl Kernel {
             Some(uids) => (uids, RootAt::Mounted),
             None => (self.lease_ids()?, RootAt::ToMake),
         };
-        // Three rooms of the kernel that know nothing of each other; in a row they would be a third of a create.
-        let (leased, disk, cgroup) =
-            tokio::join!(self.0.network.lease(id, &request.network), self.prepare_disk(&request, root), self.make_cgroup(&request));
+        // Rooms of the kernel that know nothing of each other; in a row they would be a third of a create.
+        let (leased, disk, cgroup, volumes) = tokio::join!(
+            self.0.network.lease(id, &request.network),
+            self.prepare_disk(&request, root),
+            self.make_cgroup(&request),
+            self.open_volumes(&request)
+        );
         let slot = leased.as_ref().ok().map(|lease| lease.slot);
-        let ready = leased.map_err(|error| network_error(id, error)).and_then(|lease| disk.and(cgroup).map(|()| lease));
+        let ready = leased.map_err(|error| network_error(id, error)).and_then(|lease| Ok((lease, disk.and(cgroup).and(volumes)?)));
         let outcome = match ready {
-            Ok(lease) => self.start_with(request, uids, root, &lease).await,
+            Ok((lease, volumes)) => self.start_with(request, (uids, root), &lease, volumes).await,
             Err(error) => Err(error),
         };
         let error = match outcome {
@@ -103,13 +108,28 @@ impl Kernel {
         made.map_err(step(id, "making the cgroup"))
     }
 
-    async fn start_with(&self, request: StartRequest, uids: UidLease, root: RootAt, slot: &SlotLease) -> Result<Live, RuntimeError> {
+    async fn open_volumes(&self, request: &StartRequest) -> Result<Vec<VolumeBind>, RuntimeError> {
+        if request.volumes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (id, mounts) = (request.id, request.volumes.clone());
+        let opened = self.blocking(move |shared| shared.volumes.binds(&mounts)).await;
+        opened.map_err(step(id, "opening its volumes"))
+    }
+
+    async fn start_with(
+        &self,
+        request: StartRequest,
+        (uids, root): (UidLease, RootAt),
+        slot: &SlotLease,
+        volumes: Vec<VolumeBind>,
+    ) -> Result<Live, RuntimeError> {
         let id = request.id;
         let agent = match &request.from {
             StartFrom::Cold { .. } => self.0.agent.clone(),
             StartFrom::Dump { agent, .. } => agent.clone(),
         };
-        let init = match self.run_helper(&request, &agent, (uids.base(), root), slot).await {
+        let init = match self.run_helper(&request, &agent, (uids.base(), root), slot, volumes).await {
             Ok(init) => init,
             Err(error) => match self.restored(id).await {
                 // It came to its end, but not to its answer.
@@ -127,6 +147,7 @@ impl Kernel {
         agent: &str,
         (uid_base, root): (u32, RootAt),
         slot: &SlotLease,
+        volumes: Vec<VolumeBind>,
     ) -> Result<ProcessRef, RuntimeError> {
         let shared = &self.0;
         let id = request.id;
@@ -151,6 +172,7 @@ impl Kernel {
                     control_secret: control_secret.clone(),
                     mounts: shared.config.mounts,
                     ptys_max: shared.config.ptys_max,
+                    volumes,
                     limits,
                 };
                 shared.helpers.call(&start).await.map_err(step(id, "starting pid 1"))
@@ -170,6 +192,7 @@ impl Kernel {
                     images: images.clone(),
                     criu: self.criu(id, criu)?,
                     lazy_min: lazy_min(shared.config.lazy_restore_min),
+                    volumes,
                     limits,
                     deadline: shared.config.helper_time_max,
                 };
@@ -195,6 +218,7 @@ impl Kernel {
         let dump = Dump {
             init: live.kernel.init.pid,
             images: request.images,
+            volumes: self.0.layout.volumes(),
             disk_copy: request.disk_copy,
             after: request.after,
             cgroup_folders: self.0.cgroups.of(id).folders(),

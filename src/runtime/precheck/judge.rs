@@ -4,7 +4,7 @@
 
 use super::parse::{Mount, Status, printable};
 use crate::runtime::GHOST_BYTES_MAX;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 /// File systems that CRIU makes anew or carries along. Everything else mounted inside is refused; nested overlays
@@ -60,8 +60,8 @@ pub(super) fn namespace(name: &str, found: &Path, expected: &Path) -> Option<Str
     })
 }
 
-pub(super) fn mount(mount: &Mount, root_device: &str) -> Option<String> {
-    let allowed = mount.device == root_device || FILE_SYSTEMS.contains(&mount.kind.as_str());
+pub(super) fn mount(mount: &Mount, known_devices: &BTreeSet<String>) -> Option<String> {
+    let allowed = known_devices.contains(&mount.device) || FILE_SYSTEMS.contains(&mount.kind.as_str());
     (!allowed).then(|| {
         let (kind, point) = (printable(&mount.kind), printable(&mount.point));
         format!("has a file system of type {kind} mounted on {point}; unmount it first")
@@ -225,11 +225,12 @@ mod tests {
     #[test]
     fn only_listed_file_systems_and_the_root_itself_may_be_mounted() {
         let on = |kind: &str, device: &str| Mount { id: 1, device: device.into(), point: "/m".into(), kind: kind.into() };
-        for allowed in [on("tmpfs", "0:9"), on("proc", "0:8"), on("overlay", "0:52")] {
-            assert_eq!(mount(&allowed, "0:52"), None, "{allowed:?}");
+        let known = BTreeSet::from(["0:52".to_owned(), "7:3".to_owned()]);
+        for allowed in [on("tmpfs", "0:9"), on("proc", "0:8"), on("overlay", "0:52"), on("ext4", "7:3")] {
+            assert_eq!(mount(&allowed, &known), None, "{allowed:?}");
         }
-        for refused in [on("overlay", "0:60"), on("fuse.s3fs", "0:61"), on("cgroup", "0:62"), on("unreadable", "")] {
-            assert!(mount(&refused, "0:52").unwrap().contains(&refused.kind), "{refused:?}");
+        for refused in [on("overlay", "0:60"), on("fuse.s3fs", "0:61"), on("cgroup", "0:62"), on("unreadable", ""), on("ext4", "7:4")] {
+            assert!(mount(&refused, &known).unwrap().contains(&refused.kind), "{refused:?}");
         }
     }
 

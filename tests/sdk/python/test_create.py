@@ -125,5 +125,5 @@ def test_the_same_idempotency_key_gives_the_same_sandbox(server):
 
 
 def test_what_is_not_served_yet_says_so_by_name(server):
-    status, body = api(server, "GET", "/volumes")
-    assert status == 501 and "/volumes" in body["message"], body
+    status, body = api(server, "POST", "/templates", {})
+    assert status == 501 and "/templates" in body["message"], body

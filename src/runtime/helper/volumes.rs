@@ -1,0 +1,158 @@
+//! Volumes in a sandbox: mounts of what the server has mounted once, made fit for one sandbox.
+//!
+//! ```text
+//! cold start   a mount each ─> attached before pid 1 goes on
+//! restore      staged ─> CRIU binds those of the dump ─> the others attached before anything runs
+//! dump         named to CRIU as not its own, so that it leaves their content where it is
+//! ```
+//! What is mounted in a running sandbox later needs no helper: [`super::super::kernel`] uses [`attach_inside`] as well.
+
+use super::super::rootfs::STAGE;
+use super::super::uids::IDS_PER_SANDBOX;
+use super::super::volumes::VolumeBind;
+use super::super::volumes::seen::{self, SeenVolume};
+use super::HelperStep;
+use crate::model::{MountPath, VolumeId};
+use crate::sys::mount::{attach, attach_over, clone_mount, confine, open_in_root};
+use crate::sys::mount_elsewhere::in_mount_namespace_of;
+use crate::sys::mountinfo;
+use crate::sys::userns::{FilesystemIdentity, new_user_namespace};
+use nix::sys::stat::{Mode, mkdirat};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// A mount that is attached nowhere yet, and where it is to go.
+#[derive(Debug)]
+pub(in crate::runtime) struct FittedMount {
+    mount: OwnedFd,
+    target: MountPath,
+}
+
+/// Mounts of volumes with the ids of one sandbox.
+pub(in crate::runtime) fn fitted(binds: &[VolumeBind], userns: BorrowedFd<'_>) -> io::Result<Vec<FittedMount>> {
+    binds.iter().map(|bind| fit(bind, userns)).collect()
+}
+
+fn fit(bind: &VolumeBind, userns: BorrowedFd<'_>) -> io::Result<FittedMount> {
+    let mount = clone_mount(&bind.source)?;
+    confine(mount.as_fd(), userns)?;
+    Ok(FittedMount { mount, target: bind.target.clone() })
+}
+
+/// Attaches the mounts in the mount namespace of a sandbox's `init`. Folders that are missing on the way are made, and
+/// belong to root inside; what is there already is followed as a program inside would follow it.
+pub(in crate::runtime) fn attach_inside(mut mounts: Vec<FittedMount>, init: i32, uid_base: u32) -> io::Result<()> {
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    // One may lie in another.
+    mounts.sort_by(|one, other| one.target.cmp(&other.target));
+    in_mount_namespace_of(init, move || {
+        let _identity = FilesystemIdentity::assume(uid_base)?;
+        let root = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/")?;
+        mounts.iter().try_for_each(|mount| attach_over(mount.mount.as_fd(), folder_at(&root, &mount.target)?.as_fd()))
+    })
+}
+
+fn folder_at(root: &File, target: &MountPath) -> io::Result<OwnedFd> {
+    let open = |path: &Path| open_in_root(root.as_fd(), path, libc::O_PATH | libc::O_DIRECTORY, 0);
+    let mut path = PathBuf::from("/");
+    let mut folder = open(&path)?;
+    for part in target.as_str().split('/').skip(1) {
+        path.push(part);
+        folder = match open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                mkdirat(Some(folder.as_raw_fd()), part, Mode::from_bits_truncate(0o755))?;
+                open(&path)?
+            }
+            opened => opened?,
+        };
+    }
+    Ok(folder)
+}
+
+/// Volumes for a restore, each at a place of its own where only this process and CRIU see it.
+#[derive(Debug)]
+pub(super) struct Staged<'a> {
+    binds: &'a [VolumeBind],
+}
+
+impl<'a> Staged<'a> {
+    /// This process has a mount namespace of its own with an empty /run.
+    pub(super) fn prepare(binds: &'a [VolumeBind], uid_base: u32) -> Result<Self, HelperStep> {
+        let staged = Self { binds };
+        if !binds.is_empty() {
+            staged.attach_all(uid_base).map_err(HelperStep::wrap("opening its volumes"))?;
+        }
+        Ok(staged)
+    }
+
+    fn attach_all(&self, uid_base: u32) -> io::Result<()> {
+        let userns = new_user_namespace(uid_base, IDS_PER_SANDBOX)?;
+        // CRIU binds them as root inside, who is nobody here.
+        fs::set_permissions(STAGE, fs::Permissions::from_mode(0o711))?;
+        for bind in self.once_each() {
+            let place = place_of(bind.volume);
+            fs::create_dir_all(&place)?;
+            attach(fit(bind, userns.as_fd())?.mount, &place)?;
+        }
+        Ok(())
+    }
+
+    /// A volume may be mounted at two paths.
+    fn once_each(&self) -> impl Iterator<Item = &'a VolumeBind> {
+        let mut known = BTreeSet::new();
+        self.binds.iter().filter(move |bind| known.insert(bind.volume))
+    }
+
+    /// What CRIU is told: where it finds the mounts that the dump names.
+    pub(super) fn externals(&self) -> Vec<String> {
+        self.once_each().map(|bind| format!("mnt[{}]:{}", bind.volume, place_of(bind.volume).display())).collect()
+    }
+
+    /// Attaches what the dump did not bring.
+    pub(super) fn attach_missing(&self, init: i32, uid_base: u32) -> io::Result<()> {
+        let table = fs::read(format!("/proc/{init}/mountinfo"))?;
+        let there: BTreeSet<u64> = table.split(|byte| *byte == b'\n').filter_map(mountinfo::device).collect();
+        let mut missing = Vec::new();
+        for bind in self.binds {
+            let place = place_of(bind.volume);
+            if !there.contains(&fs::metadata(&place)?.dev()) {
+                missing.push(FittedMount { mount: clone_mount(&place)?, target: bind.target.clone() });
+            }
+        }
+        attach_inside(missing, init, uid_base)
+    }
+}
+
+fn place_of(volume: VolumeId) -> PathBuf {
+    Path::new(STAGE).join("volumes").join(volume.to_string())
+}
+
+/// What a dump leaves where it is.
+#[derive(Debug)]
+pub(super) struct Left {
+    seen: Vec<SeenVolume>,
+}
+
+impl Left {
+    /// The volumes that a sandbox has mounted, wherever it has moved them.
+    pub(super) fn of(init: i32, volumes: &Path) -> io::Result<Self> {
+        Ok(Self { seen: seen::mounted_by(init, volumes)? })
+    }
+
+    /// What CRIU is told of them. A folder of a volume that is mounted beside it CRIU finds by itself.
+    pub(super) fn externals(&self) -> Vec<String> {
+        let whole = self.seen.iter().filter(|seen| seen.is_whole);
+        whole.map(|seen| format!("mnt[{}]:{}", seen.point.display(), seen.volume)).collect()
+    }
+
+    /// The kernel's numbers of their mounts.
+    pub(super) fn mounts(&self) -> BTreeSet<u32> {
+        self.seen.iter().map(|seen| seen.mount).collect()
+    }
+}
