@@ -1,71 +1,18 @@
-//! The agent's only unsafe code: what runs between fork and exec, and the few calls that rustix does not wrap.
+//! The agent's only unsafe code: the start of programs, and the few calls that rustix does not wrap.
 //! Returns `io::Result` and knows nothing of sandboxes.
 #![allow(unsafe_code, reason = "this is the agent's one sys module")]
 
-use std::ffi::CString;
+pub(crate) mod launch;
+
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Becomes true of the child between fork and exec, in this order.
-#[derive(Debug)]
-pub(crate) struct ChildSetup {
-    /// Take fd 0, already the slave of a PTY, as the controlling terminal.
-    pub(crate) controls_terminal: bool,
-    pub(crate) oom_score_adj: i32,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) groups: Vec<u32>,
-    pub(crate) cwd: CString,
-}
-
-const IOPRIO_WHO_PROCESS: libc::c_int = 1;
-/// Best effort, level 4: what a process has that never asked.
-const IOPRIO_BEST_EFFORT_4: libc::c_int = (2 << 13) | 4;
-
 /// libc::IFF_UP, in the width that an ifreq has for flags.
 const INTERFACE_UP: libc::c_short = 1;
-
-/// Arranges that `command`'s child leads a session of its own and then does what `setup` says.
-pub(crate) fn on_spawn(command: &mut Command, setup: ChildSetup) {
-    let oom_score_adj = setup.oom_score_adj.to_string();
-    let groups: Vec<rustix::process::Gid> = setup.groups.iter().map(|gid| rustix::process::Gid::from_raw(*gid)).collect();
-    let hook = move || {
-        rustix::process::setsid()?;
-        if setup.controls_terminal {
-            // SAFETY: fd 0 outlives the borrow: nothing closes it before exec.
-            let terminal = unsafe { rustix::fd::BorrowedFd::borrow_raw(0) };
-            rustix::process::ioctl_tiocsctty(terminal)?;
-        }
-        set_scheduling(oom_score_adj.as_bytes());
-        rustix::thread::set_thread_groups(&groups)?;
-        let gid = rustix::process::Gid::from_raw(setup.gid);
-        rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-        let uid = rustix::process::Uid::from_raw(setup.uid);
-        rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-        rustix::process::chdir(setup.cwd.as_c_str())?;
-        Ok(())
-    };
-    // SAFETY: the hook only makes raw system calls: it allocates nothing and takes no lock, so it may run in the child
-    // of a process with other threads. What it captures was allocated before the fork.
-    unsafe { command.pre_exec(hook) };
-}
-
-/// Undoes whatever the agent's own priority is. Best effort: a sandbox may deny any of it, and the process still runs.
-fn set_scheduling(oom_score_adj: &[u8]) {
-    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
-    if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", flags, rustix::fs::Mode::empty()) {
-        let _ = rustix::io::write(&file, oom_score_adj);
-    }
-    let _ = rustix::process::setpriority_process(None, 0);
-    // SAFETY: takes three integers and touches no memory.
-    unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4) };
-}
 
 /// Registers `fd` with the runtime, in non-blocking mode.
 pub(crate) fn async_fd(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {

@@ -179,7 +179,7 @@ impl From<SpawnError> for HopxError {
             SpawnError::NoCommand | SpawnError::Nul | SpawnError::EnvName { .. } => Code::InvalidRequest,
             SpawnError::Path(_) => Code::InvalidPath,
             SpawnError::CwdMissing { .. } | SpawnError::CwdNotDirectory { .. } => Code::DirectoryNotFound,
-            SpawnError::NotFound { .. } | SpawnError::Pty(_) | SpawnError::Exec { .. } => Code::CommandFailed,
+            SpawnError::NotFound { .. } | SpawnError::Pty(_) | SpawnError::Pipes(_) | SpawnError::Exec { .. } => Code::CommandFailed,
         };
         HopxError::new(code, describe(&error))
     }

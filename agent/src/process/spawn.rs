@@ -10,17 +10,16 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use rustix::process::{Gid, Pid, PidfdFlags, Uid, pidfd_open};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Gid, Pid, Uid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::paths::{self, PathError};
 use crate::state::{INTERNAL_ENVS, Identity};
-use crate::sys::{self, ChildSetup};
+use crate::sys::launch::{self as sys, ChildSetup, Program};
 use crate::users::User;
 
 /// Above the agent's own, so that the kernel takes commands first when memory runs out.
@@ -87,6 +86,8 @@ pub(crate) enum SpawnError {
     NotFound { program: String },
     #[error("could not allocate a pseudo terminal")]
     Pty(#[source] io::Error),
+    #[error("could not make pipes: {0}")]
+    Pipes(#[source] io::Error),
     #[error("fork/exec {program}: {source}")]
     Exec { program: String, source: io::Error },
 }
@@ -96,19 +97,28 @@ pub(crate) fn spawn(identity: &Identity, user: &User, config: &ProcessConfig, te
     let cwd = working_directory(identity, user, config.cwd.as_deref())?;
     let envs = environment(identity, user, &config.envs);
     let program = find_program(&config.cmd, &envs)?;
-    let mut command = Command::new(&program);
-    command.arg0(&config.cmd).args(&config.args).env_clear().envs(&envs);
-    let pty = connect(&mut command, user, terminal)?;
+    let (ours, stdio) = connect(user, terminal)?;
+    let words = std::iter::once(&config.cmd).chain(&config.args);
+    let program = Program {
+        path: terminated(program.as_os_str().as_bytes())?,
+        arguments: words.map(|word| terminated(word.as_bytes())).collect::<Result<_, _>>()?,
+        environment: envs.iter().map(|(name, value)| terminated(format!("{name}={value}").as_bytes())).collect::<Result<_, _>>()?,
+    };
     let setup = ChildSetup {
-        controls_terminal: pty.is_some(),
+        controls_terminal: matches!(ours, Streams::Pty(_)),
         oom_score_adj: OOM_SCORE_ADJ,
         uid: user.uid,
         gid: user.gid,
         groups: user.groups.iter().copied().chain([user.gid]).collect(),
-        cwd: CString::new(cwd.as_os_str().as_bytes()).map_err(|_| SpawnError::Nul)?,
+        cwd: terminated(cwd.as_os_str().as_bytes())?,
     };
-    sys::on_spawn(&mut command, setup);
-    launch(command, pty).map_err(|source| SpawnError::Exec { program: config.cmd.clone(), source })
+    let launched = sys::launch(&program, &stdio, &setup);
+    let (pid, pidfd) = launched.map_err(|source| SpawnError::Exec { program: config.cmd.clone(), source })?;
+    Ok(Spawned { pid, pidfd, streams: ours })
+}
+
+fn terminated(word: &[u8]) -> Result<CString, SpawnError> {
+    CString::new(word).map_err(|_| SpawnError::Nul)
 }
 
 fn check_words(config: &ProcessConfig) -> Result<(), SpawnError> {
@@ -164,24 +174,30 @@ fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
 }
 
-/// Gives the command its stdio; returns the master when that is a PTY.
-fn connect(command: &mut Command, user: &User, terminal: Terminal) -> Result<Option<OwnedFd>, SpawnError> {
+/// The agent's ends, and what the process has as 0, 1 and 2.
+fn connect(user: &User, terminal: Terminal) -> Result<(Streams, [OwnedFd; 3]), SpawnError> {
     match terminal {
-        Terminal::Pipes { stdin } => {
-            command.stdin(match stdin {
-                Stdin::Open => Stdio::piped(),
-                Stdin::Null => Stdio::null(),
-            });
-            command.stdout(Stdio::piped()).stderr(Stdio::piped());
-            Ok(None)
-        }
+        Terminal::Pipes { stdin } => pipes(stdin).map_err(SpawnError::Pipes),
         Terminal::Pty(size) => {
             let (master, slave) = open_pty(user, size).map_err(SpawnError::Pty)?;
-            command.stdin(slave.try_clone().map_err(SpawnError::Pty)?);
-            command.stdout(slave.try_clone().map_err(SpawnError::Pty)?).stderr(slave);
-            Ok(Some(master))
+            let copy = || slave.try_clone().map_err(SpawnError::Pty);
+            Ok((Streams::Pty(master), [copy()?, copy()?, slave]))
         }
     }
+}
+
+fn pipes(stdin: Stdin) -> io::Result<(Streams, [OwnedFd; 3])> {
+    let pipe = || pipe_with(PipeFlags::CLOEXEC);
+    let (our_stdin, stdin) = match stdin {
+        Stdin::Open => {
+            let (theirs, ours) = pipe()?;
+            (Some(ours), theirs)
+        }
+        Stdin::Null => (None, OwnedFd::from(fs::File::open("/dev/null")?)),
+    };
+    let (our_stdout, stdout) = pipe()?;
+    let (our_stderr, stderr) = pipe()?;
+    Ok((Streams::Pipes { stdin: our_stdin, stdout: our_stdout, stderr: our_stderr }, [stdin, stdout, stderr]))
 }
 
 fn open_pty(user: &User, size: Size) -> io::Result<(OwnedFd, OwnedFd)> {
@@ -198,22 +214,6 @@ fn open_pty(user: &User, size: Size) -> io::Result<(OwnedFd, OwnedFd)> {
 pub(super) fn resize(master: impl AsFd, size: Size) -> io::Result<()> {
     let winsize = Winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 };
     Ok(tcsetwinsize(master, winsize)?)
-}
-
-/// Takes the command, so that the agent's copies of the child's ends are closed afterwards.
-fn launch(mut command: Command, pty: Option<OwnedFd>) -> io::Result<Spawned> {
-    let mut child = command.spawn()?;
-    let pid = Pid::from_child(&child);
-    // The child is not reaped before this thread gets back to its reaper, so the pid is still the child's.
-    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
-    let streams = match (pty, child.stdout.take(), child.stderr.take()) {
-        (Some(master), _, _) => Streams::Pty(master),
-        (None, Some(stdout), Some(stderr)) => {
-            Streams::Pipes { stdin: child.stdin.take().map(OwnedFd::from), stdout: stdout.into(), stderr: stderr.into() }
-        }
-        (None, _, _) => return Err(io::Error::other("the child has no output pipes")),
-    };
-    Ok(Spawned { pid, pidfd, streams })
 }
 
 #[cfg(test)]

@@ -273,7 +273,7 @@ impl From<SpawnError> for ConnectError {
     fn from(error: SpawnError) -> ConnectError {
         let exhausted = match &error {
             // Limits of processes, memory, open files and terminals: the same request may work later.
-            SpawnError::Exec { source, .. } | SpawnError::Pty(source) => {
+            SpawnError::Exec { source, .. } | SpawnError::Pty(source) | SpawnError::Pipes(source) => {
                 matches!(source.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM | libc::EMFILE | libc::ENFILE | libc::ENOSPC))
             }
             SpawnError::NoCommand | SpawnError::Nul | SpawnError::EnvName { .. } | SpawnError::Path(_) => false,
