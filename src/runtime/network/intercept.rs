@@ -205,7 +205,7 @@ impl Exchange {
     }
 
     async fn pass_on(&self, mut request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
-        if host_of(&request).as_deref() != Some(self.name.as_str()) {
+        if !is_for(&request, &self.name) {
             return Err(Refusal::Misdirected(self.name.clone()));
         }
         let protocol = wanted_protocol(request.headers());
@@ -285,16 +285,16 @@ impl Exchange {
     }
 }
 
-/// Whom a request is for, in lower case without port and final dot.
-fn host_of(request: &Request<Incoming>) -> Option<String> {
-    let mut hosts = request.headers().get_all(header::HOST).iter();
-    let host = match (request.uri().host(), hosts.next(), hosts.next()) {
-        (Some(host), _, _) => host,
-        (None, Some(host), None) => host.to_str().ok()?,
-        (None, _, _) => return None,
+/// Whether a request says in every place that it is for a name (lower case, no final dot). Behind the name's address may be
+/// other people's servers, told apart by what a request says: none of them is to see a value.
+fn is_for<B>(request: &Request<B>, name: &str) -> bool {
+    let is_name = |host: &str| {
+        let host = host.rsplit_once(':').map_or(host, |(host, _port)| host);
+        host.trim_end_matches('.').eq_ignore_ascii_case(name)
     };
-    let name = host.rsplit_once(':').map_or(host, |(name, _port)| name);
-    Some(name.trim_end_matches('.').to_ascii_lowercase())
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
+    host.to_str().is_ok_and(is_name) && request.uri().host().is_none_or(is_name)
 }
 
 fn wanted_protocol(headers: &HeaderMap) -> Option<HeaderValue> {
@@ -319,5 +319,45 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::TRANSFER_ENCODING) {
         // RFC 9112, 6.3: a length beside it is somebody's attempt to be understood in two ways.
         headers.remove(header::CONTENT_LENGTH);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_for_a_name_when_nothing_in_it_says_otherwise() {
+        let is_for_it = |uri: &str, hosts: &[&str]| {
+            let mut request = Request::builder().uri(uri);
+            for host in hosts {
+                request = request.header(header::HOST, *host);
+            }
+            is_for(&request.body(()).unwrap(), "api.example.com")
+        };
+        for (uri, host) in [("/", "api.example.com"), ("/", "API.example.com.:443"), ("http://api.example.com/", "api.example.com")] {
+            assert!(is_for_it(uri, &[host]), "{uri} {host}");
+        }
+        assert!(!is_for_it("/", &["other.example.com"]));
+        assert!(!is_for_it("http://api.example.com/", &["other.example.com"]), "a shared address would pass it on by this");
+        assert!(!is_for_it("http://other.example.com/", &["api.example.com"]));
+        assert!(!is_for_it("/", &["api.example.com", "other.example.com"]) && !is_for_it("/", &[]));
+    }
+
+    #[test]
+    fn what_is_of_one_hop_is_taken_out_and_what_frames_a_message_is_not() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in
+            [("connection", "x-own, content-length"), ("x-own", "1"), ("keep-alive", "5"), ("content-length", "3"), ("accept", "a")]
+        {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        remove_hop_by_hop(&mut headers);
+        let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["accept", "content-length"]);
+        headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        remove_hop_by_hop(&mut headers);
+        assert!(!headers.contains_key(header::CONTENT_LENGTH), "one length");
     }
 }
