@@ -1,7 +1,6 @@
-"""HopX's SDKs as HopX's own page uses them (contract novita.md, A7 39-48): nothing configured but the key and the CA, the API at https://api.hopx.dev.
-
-The name leads to the test's server by `stillbox hosts`, in a world of the test's own; what nobody can write into
-/etc/hosts, the names of sandboxes, is answered by that world's resolver.
+"""HopX's SDKs as HopX's own page uses them (contract novita.md, A7 39-48): nothing configured but the key and
+the CA, the API at https://api.hopx.dev. In a world of the test's own that name, and those of sandboxes, lead to the test's
+server by its own name server and `stillbox hosts`.
 """
 
 import pathlib
@@ -10,7 +9,7 @@ import sys
 import pytest
 from client import environment_with, lines_of
 from server import Server
-from world import own_world
+from world import NAME_SERVER, own_world
 
 PYTHON = r'''
 import asyncio, time, urllib.request
@@ -68,11 +67,11 @@ await same.kill()
 def cloud(tmp_path):
     """The environment of a program that knows the key and the CA, where api.hopx.dev is the test's server."""
     with own_world(tmp_path):
-        server = Server()
+        server = Server(**{"dns.listen": f"{NAME_SERVER}:53", "dns.names": "api.hopx.dev,*.local.vms.hopx.dev"})
         server.tls_port = 443
         try:
             server.start()
-            server.cli("hosts", "--install", "--sdk", "hopx")
+            server.cli("hosts", "--install", "--resolver", "--sdk", "hopx")
             yield environment_with(server, "hopx", "HOPX_API_KEY", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
         finally:
             server.remove()

@@ -1,7 +1,5 @@
 """Novita's SDKs with nothing configured but the key and the CA: the API under the domain that each version has built in.
-
-The API's name leads to the test's server by `stillbox hosts`, in a world of the test's own; what nobody can write into
-/etc/hosts, the names of sandboxes, is answered by that world's resolver.
+In a world of the test's own that domain leads to the test's server by its own name server and `stillbox hosts`.
 """
 
 import pathlib
@@ -10,7 +8,7 @@ import sys
 from client import environment_with, lines_of
 from novita_common import VERSION
 from server import Server
-from world import own_world
+from world import NAME_SERVER, own_world
 
 # 2.x on the first of them speaks its own protocol, on the second 1.x's.
 DOMAIN = "sandbox.novita.ai" if VERSION.startswith("1.") else "us-phx-1.sandbox.novita.ai"
@@ -53,11 +51,11 @@ console.log(await again.files.read('a.txt'), await Sandbox.kill(again.sandboxId)
 
 def test_the_sdk_works_with_nothing_but_the_key_and_the_ca(tmp_path, request):
     with own_world(tmp_path):
-        server = Server(domain=DOMAIN)
+        server = Server(domain=DOMAIN, **{"dns.listen": f"{NAME_SERVER}:53", "dns.names": "*.sandbox.novita.ai"})
         server.tls_port = 443
         try:
             server.start()
-            server.cli("hosts", "--install", "--sdk", "novita")
+            server.cli("hosts", "--install", "--resolver", "--sdk", "novita")
             environment = environment_with(server, "novita", "NOVITA_API_KEY", "SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS")
             lines = lines_of([sys.executable, "-c", PYTHON], environment)
             assert lines == ["command", "served inside", DOMAIN, "served inside", "False", "served inside", "1 True"]

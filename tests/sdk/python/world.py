@@ -17,6 +17,8 @@ INTERNET = pathlib.Path(__file__).parent / "internet.py"
 # Which of the internet's addresses are what; internet.py gives them to itself.
 RESOLVER = "8.8.8.8"
 HOST = "198.51.100.2"
+# Free for a test's server: its own name server listens on loopback.
+NAME_SERVER = "127.0.53.53"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS, _CLONE_NEWNET = 0x0002_0000, 0x4000_0000
