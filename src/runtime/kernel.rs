@@ -32,8 +32,8 @@ use super::rootfs::DiskNext;
 use super::uids::UidPool;
 use super::volumes::Volumes;
 use super::{
-    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, UnmountHow, Unmounted, Usage, WrittenFiles, fill, precheck,
-    restored,
+    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, UnmountHow, Unmounted, Usage, WrittenFiles, fill,
+    precheck, restored,
 };
 use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord, VolumeMount};
 use crate::runtime::helper::client::Helpers;

@@ -137,7 +137,8 @@ impl Volumes {
 
     /// Opens what a sandbox is to have mounted.
     pub(crate) fn binds(&self, mounts: &[VolumeMount]) -> Result<Vec<VolumeBind>, VolumeError> {
-        let bind = |mount: &VolumeMount| Ok(VolumeBind { volume: mount.volume, source: self.open(mount.volume)?, target: mount.path.clone() });
+        let bind =
+            |mount: &VolumeMount| Ok(VolumeBind { volume: mount.volume, source: self.open(mount.volume)?, target: mount.path.clone() });
         mounts.iter().map(bind).collect()
     }
 
@@ -380,7 +381,8 @@ mod tests {
         volumes.close();
         let again = volumes.open(id).unwrap();
         fs::write(again.join("file"), "one").unwrap();
-        let key = fs::metadata(data_dir.path().join("volumes").join(id.to_string()).join("volume.img")).map(|file| (file.dev(), file.ino()));
+        let key =
+            fs::metadata(data_dir.path().join("volumes").join(id.to_string()).join("volume.img")).map(|file| (file.dev(), file.ino()));
         let holders = || loop_device::holders_of_files_called(Path::new("volume.img")).unwrap();
         let ours = |key: loop_device::FileKey| holders().iter().filter(|(_, file)| *file == key).count();
         let key = key.unwrap();

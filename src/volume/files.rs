@@ -379,8 +379,7 @@ fn give(file: &File, uid: Uid, gid: Gid, mode: Mode) -> Result<(), Errno> {
 }
 
 fn open_entry(folder: &OwnedFd, name: &str, flags: i32) -> Result<OwnedFd, Errno> {
-    open_in_root(folder.as_fd(), Path::new(name), flags, 0)
-        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+    open_in_root(folder.as_fd(), Path::new(name), flags, 0).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
 }
 
 fn list_into(entries: &mut Vec<EntryStat>, folder: &OwnedFd, path: &VolumePath, depth: u32) -> Result<(), FileError> {

@@ -132,7 +132,10 @@ fn open_files_on_a_volume_survive_a_pause_in_which_others_write_them() {
         assert!(last.parse::<u32>().is_ok_and(|last| last > before), "{last} after {before}");
         assert_eq!((after.code, rest), (0, "x\n"), "{after:?}");
         // The mount is of the new id range, and nothing is mounted twice.
-        assert_eq!(run(&kernel, id, "ls -ln /mnt/data/pid | awk '{print $3}'; grep -c ' /mnt/data ' /proc/self/mounts").await.text, "0\n1\n");
+        assert_eq!(
+            run(&kernel, id, "ls -ln /mnt/data/pid | awk '{print $3}'; grep -c ' /mnt/data ' /proc/self/mounts").await.text,
+            "0\n1\n"
+        );
         let again = dump(&kernel, id, AfterDump::KeepRunning, &folder(&machine, "again"), Some(machine.data_dir().join("copy.img"))).await;
         let fork = SandboxId::random();
         let disk = DiskSource::CopyOf(machine.data_dir().join("copy.img"));

@@ -286,10 +286,24 @@ async fn volumes_are_made_listed_mounted_and_removed() {
     let shown = world.answer("GET", &format!("/sandboxes/{sandbox}"), None).await.body;
     assert_eq!(shown["volumeMounts"], json!([{"name": "data_1", "path": "/mnt/data"}]));
     world.call("volume_in_use", "DELETE", &format!("/volumes/{id}"), None).await;
-    world.call("volume_path_twice", "POST", "/sandboxes", Some(json!({"templateID": "base", "volumeMounts": [
-        {"name": "data_1", "path": "/a"}, {"name": "data_1", "path": "/a"}]}))).await;
-    world.call("volume_path_unclean", "POST", "/sandboxes", Some(json!({"templateID": "base", "volumeMounts": [
-        {"name": "data_1", "path": "/a/../b"}]}))).await;
+    world
+        .call(
+            "volume_path_twice",
+            "POST",
+            "/sandboxes",
+            Some(json!({"templateID": "base", "volumeMounts": [
+        {"name": "data_1", "path": "/a"}, {"name": "data_1", "path": "/a"}]})),
+        )
+        .await;
+    world
+        .call(
+            "volume_path_unclean",
+            "POST",
+            "/sandboxes",
+            Some(json!({"templateID": "base", "volumeMounts": [
+        {"name": "data_1", "path": "/a/../b"}]})),
+        )
+        .await;
     assert_eq!(world.answer("DELETE", &format!("/sandboxes/{sandbox}"), None).await.status, 204);
     assert_eq!(world.answer("DELETE", &format!("/volumes/{id}"), None).await.status, 204);
     assert_eq!(world.answer("DELETE", &format!("/volumes/{id}"), None).await.status, 404);

@@ -35,7 +35,9 @@ impl From<CreateError> for ApiError {
             CreateError::ShuttingDown => Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).with_header("retry-after", "2"),
             CreateError::Killed(_) => Self::conflict(error.to_string()),
             CreateError::IdempotencyConflict { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
-            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } => Self::bad_request(error.to_string()),
+            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } => {
+                Self::bad_request(error.to_string())
+            }
             CreateError::Start { .. } | CreateError::Store(_) => Self::internal(error),
         }
     }

@@ -32,7 +32,8 @@ use axum::routing::{get, post, put};
 /// Every call of the dialect, those that are not served included.
 pub(super) fn routes(state: &ApiState) -> Router<ApiState> {
     let with_key = sandboxes().merge(snapshots_and_templates()).merge(template_builds()).merge(volumes()).merge(unserved::routes());
-    let open = Router::new().route("/health", get(health)).route("/templates/{id}/files/{hash}", put(builds::upload)).merge(volume_contents());
+    let open =
+        Router::new().route("/health", get(health)).route("/templates/{id}/files/{hash}", put(builds::upload)).merge(volume_contents());
     with_key.route_layer(from_fn_with_state(state.clone(), require_key)).merge(open)
 }
 

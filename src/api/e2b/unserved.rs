@@ -8,8 +8,7 @@ use axum::routing::post;
 
 /// All of them that have a path of their own.
 pub(super) fn routes() -> Router<ApiState> {
-    Router::new()
-        .route("/templates/{id}/builds/{build}", post(build))
+    Router::new().route("/templates/{id}/builds/{build}", post(build))
 }
 
 pub(super) async fn build(request: Request) -> ApiError {

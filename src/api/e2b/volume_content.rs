@@ -102,10 +102,7 @@ pub(super) async fn list(State(state): State<ApiState>, place: Place) -> Result<
 }
 
 /// `POST …/dir`.
-pub(super) async fn make_folder(
-    State(state): State<ApiState>,
-    place: Place,
-) -> Result<(StatusCode, Json<wire::VolumeEntry>), ApiError> {
+pub(super) async fn make_folder(State(state): State<ApiState>, place: Place) -> Result<(StatusCode, Json<wire::VolumeEntry>), ApiError> {
     let (owner, force) = (place.owner()?, place.force());
     let path = place.path;
     let made = state.volumes.with_files(place.volume, move |root| root.make_folder(&path, owner, force)).await?;
