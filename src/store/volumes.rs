@@ -2,7 +2,7 @@
 
 use super::value::{micros, parsed_in, signed, time_in, unsigned_in};
 use super::{Db, StoreError};
-use crate::model::{ByteSize, SandboxId, SnapshotId, VolumeId, VolumeMount, VolumeName, VolumeRecord};
+use crate::model::{ByteSize, SandboxId, TemplateId, VolumeId, VolumeMount, VolumeName, VolumeRecord};
 use rusqlite::{OptionalExtension, Row, params};
 
 const COLUMNS: &str = "id, name, size_bytes, created_at";
@@ -12,8 +12,8 @@ const COLUMNS: &str = "id, name, size_bytes, created_at";
 pub struct VolumeUsers {
     /// Sandboxes that have it mounted, paused ones included.
     pub sandboxes: Vec<SandboxId>,
-    /// Dumps whose processes have it mounted.
-    pub snapshots: Vec<SnapshotId>,
+    /// Stored snapshots that have it mounted, by the templates that they are deleted as.
+    pub snapshots: Vec<TemplateId>,
 }
 
 impl VolumeUsers {
@@ -84,9 +84,9 @@ pub fn users(db: &Db<'_>, id: VolumeId) -> Result<VolumeUsers, StoreError> {
     let rows = statement.query_map([id.to_string()], |row| Ok(parsed_in(row, "id")))?;
     let sandboxes = rows.map(|row| row?).collect::<Result<_, StoreError>>()?;
     // The dump of a paused sandbox is spoken for by that sandbox.
-    let sql = "SELECT DISTINCT m.snapshot FROM snapshot_volumes m JOIN builds b ON b.dump = m.snapshot WHERE m.volume = ?1";
+    let sql = "SELECT DISTINCT b.template FROM snapshot_volumes m JOIN builds b ON b.dump = m.snapshot WHERE m.volume = ?1";
     let mut statement = db.0.prepare_cached(sql)?;
-    let rows = statement.query_map([id.to_string()], |row| Ok(parsed_in(row, "snapshot")))?;
+    let rows = statement.query_map([id.to_string()], |row| Ok(parsed_in(row, "template")))?;
     let snapshots = rows.map(|row| row?).collect::<Result<_, StoreError>>()?;
     Ok(VolumeUsers { sandboxes, snapshots })
 }

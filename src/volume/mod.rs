@@ -11,7 +11,7 @@ mod files;
 
 pub use files::{EntryKind, EntryStat, FileError, Force, NewFile, Owner, VolumePath};
 
-use crate::model::{ByteSize, MountPath, ParseVolumeError, SandboxId, SnapshotId, VolumeId, VolumeMount, VolumeName, VolumeRecord};
+use crate::model::{ByteSize, MountPath, ParseVolumeError, SandboxId, TemplateId, VolumeId, VolumeMount, VolumeName, VolumeRecord};
 use crate::runtime::volumes::{VolumeError, Volumes as Storage};
 use crate::sandbox::InstallKey;
 use crate::store::{Store, StoreError, volumes};
@@ -110,8 +110,8 @@ pub enum ChangeError {
         name: VolumeName,
         /// In these sandboxes.
         sandboxes: Vec<SandboxId>,
-        /// In these stored dumps.
-        snapshots: Vec<SnapshotId>,
+        /// In these stored snapshots, clones' included.
+        snapshots: Vec<TemplateId>,
     },
     /// Not while a sandbox has it mounted.
     #[error("volume '{name}' is mounted in a sandbox, and this machine grows only what is not; pause or kill it first")]
@@ -139,7 +139,7 @@ impl From<VolumeError> for ChangeError {
     }
 }
 
-fn users(sandboxes: &[SandboxId], snapshots: &[SnapshotId]) -> String {
+fn users(sandboxes: &[SandboxId], snapshots: &[TemplateId]) -> String {
     let sandboxes = sandboxes.iter().map(|id| format!("sandbox {id}"));
     let snapshots = snapshots.iter().map(|id| format!("snapshot {id}"));
     sandboxes.chain(snapshots).collect::<Vec<_>>().join(", ")

@@ -157,7 +157,6 @@ async fn quota_events_templates_and_commits() {
     world.call("novita/hotplug_bad", "POST", &hotplug, Some(json!({"requested_size_mib": -1}))).await;
     world.call("novita/hotplug_full", "POST", &hotplug, Some(json!({"requested_size_mib": 1 << 24}))).await;
     assert_eq!(memory().await, 512);
-    world.call("novita/unserved_volume", "POST", &format!("/sandboxes/{}/volume-mounts", id(&created)), Some(json!({}))).await;
 }
 
 #[tokio::test]

@@ -56,7 +56,8 @@ def test_a_volume_comes_to_a_running_sandbox_and_leaves_it(volume):
             sandbox.mount_volume(volume.name, "/mnt/late")
         with pytest.raises(Exception, match="does not exist"):
             sandbox.mount_volume("nobody", "/mnt/other")
-        holder = sandbox.commands.run("cd /mnt/late && sleep 60", background=True)
+        holder = sandbox.commands.run("cd /mnt/late && touch /tmp/holds && sleep 60", background=True)
+        sandbox.commands.run("until test -e /tmp/holds; do sleep 0.01; done")
         with pytest.raises(Exception, match="in use"):
             sandbox.unmount_volume("/mnt/late")
         sandbox.unmount_volume("/mnt/late", force=True)
@@ -68,10 +69,14 @@ def test_a_volume_comes_to_a_running_sandbox_and_leaves_it(volume):
         sandbox.pause()
         sandbox.connect()
         assert sandbox.commands.run("cat /srv/again/file").stdout == "late\n"
-        copy = sandbox.clone(count=1).sandboxes[0]
+        copies = Sandbox.clone(sandbox.sandbox_id, 1)
         try:
-            assert copy.commands.run("cat /srv/again/file").stdout == "late\n"
+            assert copies.sandboxes[0].commands.run("cat /srv/again/file").stdout == "late\n"
         finally:
-            copy.kill()
+            copies.sandboxes[0].kill()
     finally:
         sandbox.kill()
+    # What the copies came from stays, with the volume, until it is deleted.
+    with pytest.raises(Exception, match=f"is mounted in snapshot {copies.snapshot_template_id}"):
+        Volume.destroy(volume.volume_id)
+    assert Sandbox.delete_snapshot(copies.snapshot_template_id)

@@ -8,8 +8,7 @@ import uuid
 import pytest
 from e2b import Sandbox
 
-e2b = pytest.importorskip("e2b", minversion=None)
-Volume = getattr(e2b, "Volume", None)
+Volume = getattr(pytest.importorskip("e2b"), "Volume", None)
 pytestmark = pytest.mark.skipif(Volume is None, reason="this SDK has no volumes")
 
 
@@ -129,7 +128,7 @@ def test_mounts_that_make_no_sense_are_refused(volume):
         ({"relative": volume}, "not absolute"),
         ({"/a/../b": volume}, "not clean"),
         ({"/proc/x": volume}, "would cover /proc"),
-        ({"/etc/passwd": volume}, ""),
+        ({"/etc/passwd": volume}, "not a folder|internal error"),
     ]:
         with pytest.raises(Exception, match=why):
             Sandbox.create(timeout=60, volume_mounts=mounts)
