@@ -8,6 +8,7 @@ use super::layout::{Layout, SandboxFolder};
 use crate::model::ByteSize;
 use crate::sys::disk::{Frozen, copy_sparse, sync_filesystem};
 use crate::sys::loop_device;
+use crate::sys::tree;
 use nix::sys::statvfs::statvfs;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -195,7 +196,7 @@ fn format_image(path: &Path, size: ByteSize) -> Result<(), DiskError> {
 }
 
 fn make_disk_folder(path: &Path) -> Result<(), DiskError> {
-    match fs::remove_dir_all(path) {
+    match tree::remove(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", path)(error)),
         _ => {}
     }

@@ -17,6 +17,7 @@ pub mod netns;
 pub mod process;
 pub mod sock_diag;
 pub mod tracee;
+pub mod tree;
 pub mod userns;
 pub mod xattr;
 

@@ -12,6 +12,7 @@ use crate::sys::disk::thaw;
 use crate::sys::loop_device;
 use crate::sys::mount::NewFilesystem;
 use crate::sys::mountinfo::mount_point;
+use crate::sys::tree;
 use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::os::fd::AsFd;
@@ -136,7 +137,7 @@ fn thaw_disk(folder: &SandboxFolder) -> io::Result<()> {
 }
 
 fn remove_folder(path: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(path) {
+    match tree::remove(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
