@@ -28,7 +28,7 @@ use super::criu_binary::CriuBinary;
 use super::disk::{DiskError, DiskKind, Disks, copy_of_mounted, sync_mounted};
 use super::layout::Layout;
 use super::network::{Network, NetworkError};
-use super::rootfs::DiskNext;
+use super::rootfs::{DiskNext, missing_in};
 use super::uids::UidPool;
 use super::volumes::Volumes;
 use super::{
@@ -184,8 +184,11 @@ impl Runtime for Kernel {
     async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError> {
         let init = self.live(id)?.kernel.init.pid;
         let found = self.blocking(move |shared| {
-            let fill = fill::state(&shared.layout.sandbox(id).work())?;
-            precheck::findings(init, fill, &shared.layout.volumes())
+            let folder = shared.layout.sandbox(id);
+            let mut findings = precheck::findings(init, fill::state(&folder.work())?, &shared.layout.volumes())?;
+            let missing = missing_in(&folder.root_mount())?;
+            findings.extend(missing.map(|path| precheck::missing(&path)));
+            Ok::<_, std::io::Error>(findings)
         });
         found.await.map_err(step(id, "looking for what cannot be dumped"))
     }

@@ -39,6 +39,9 @@ const SHARED_MEMORY_MAX: usize = 4000;
 /// Of one process's table of mappings, which is the sandbox's to fill.
 const MAPS_BYTES_MAX: u64 = 32 << 20;
 
+/// Mounts in all mount namespaces: each costs a dump, a restore and the unmounting some 20 ms.
+const MOUNTS_MAX: usize = 200;
+
 /// Mount tables are the sandbox's to fill.
 const MOUNTINFO_BYTES_MAX: usize = 4 << 20;
 
@@ -62,6 +65,12 @@ pub fn findings(init: i32, fill: Fill, volumes: &Path) -> io::Result<Vec<Finding
 /// mount table per namespace.
 pub(crate) fn never_restored(init: i32, volumes: &Path) -> io::Result<Vec<Finding>> {
     Check::new(init, volumes)?.walk(init, Check::mounts_of)
+}
+
+/// A resume mounts the root anew and refuses one that lacks what it needs.
+pub fn missing(path: &Path) -> Finding {
+    let reason = format!("has no plain /{} any more, which a resume needs; put it back", parse::printable(&path.to_string_lossy()));
+    Finding { pid: 1, command: "the sandbox".to_owned(), reason }
 }
 
 struct Check {
@@ -194,6 +203,9 @@ impl Check {
         for mount in parse::mountinfo(&read_mountinfo(pid)?) {
             self.mount_ids.insert(mount.id);
             reasons.extend(judge::mount(&mount, &self.known_devices));
+        }
+        if self.mount_ids.len() > MOUNTS_MAX {
+            reasons.push(format!("brings the mounts in the sandbox to more than {MOUNTS_MAX}; unmount some first"));
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use crate::sys::disk::sync_filesystem;
 use crate::sys::loop_device::{self, LoopDevice};
 use crate::sys::mount::{NewFilesystem, attach, clone_mount, map_ids, open_beneath};
 use crate::sys::mount_elsewhere::unmount_elsewhere;
+use crate::sys::tree;
 use crate::sys::userns::{FilesystemIdentity, new_user_namespace};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -200,12 +201,7 @@ fn ensure_folder(path: &Path) -> io::Result<()> {
 }
 
 fn remove_any(path: &Path) -> io::Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
+    match tree::remove(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
@@ -280,6 +276,15 @@ fn check_kernel_folders(root: BorrowedFd<'_>) -> Result<(), RootError> {
         open_beneath(root, path, libc::O_PATH | flags).map_err(|source| RootError::Unusable { path: path.to_owned(), source })?;
     }
     Ok(())
+}
+
+/// What root inside has taken out of a mounted root that the next mount of it needs, if anything.
+pub(super) fn missing_in(root: &Path) -> io::Result<Option<PathBuf>> {
+    let root = File::open(root)?;
+    match check_kernel_folders(root.as_fd()) {
+        Err(RootError::Unusable { path, .. }) => Ok(Some(path)),
+        Ok(()) | Err(RootError::Io { .. } | RootError::StillAttached { .. }) => Ok(None),
+    }
 }
 
 /// Whether an unmounted disk is going to be used again.

@@ -99,9 +99,9 @@ mod tests {
     #[test]
     fn folders_without_end_are_removed_with_little_stack() {
         let folder = tempfile::tempdir().unwrap();
-        nest(folder.path(), 1_000);
+        nest(folder.path(), 2_000);
         let path = folder.path().join("deep");
-        let removing = std::thread::Builder::new().stack_size(128 << 10).spawn(move || remove(&path)).unwrap();
+        let removing = std::thread::Builder::new().stack_size(256 << 10).spawn(move || remove(&path)).unwrap();
         removing.join().unwrap().unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }

@@ -6,6 +6,7 @@
 
 use super::UnknownVolume;
 use crate::sys::mount::open_in_root;
+use crate::sys::tree;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, RenameFlags, readlinkat, renameat2};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
@@ -275,8 +276,8 @@ impl Root {
         let kind = self.stat(path)?.kind;
         let folder = self.folder(&parent)?;
         let removed = match kind {
-            // Goes down without following links, whatever is moved meanwhile.
-            EntryKind::Folder => fs::remove_dir_all(by_descriptor(&folder).join(name)),
+            // Goes down without following links, whatever is moved meanwhile, and however deep it is.
+            EntryKind::Folder => tree::remove_in(folder.as_fd(), name.as_ref()),
             EntryKind::File | EntryKind::Symlink | EntryKind::Other => {
                 unlinkat(Some(folder.as_raw_fd()), name, UnlinkatFlags::NoRemoveDir).map_err(Into::into)
             }

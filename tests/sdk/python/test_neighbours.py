@@ -1,7 +1,8 @@
 """What one sandbox takes its neighbours still have, and what would make a pause take minutes is refused at once."""
 
 import pytest
-from e2b import Sandbox, SandboxException
+from e2b import Sandbox
+from test_create import api
 
 # More than the kernel's own 4096 terminals, and 65536 events of asynchronous I/O (io_setup).
 TAKE = {
@@ -46,14 +47,16 @@ HOARDS = {
         ' open("/tmp/ready", "w"); time.sleep(60)\'',
         "more than 4000",
     ),
+    "mounts": ("for i in $(seq 201); do mkdir -p /m/$i; mount -t tmpfs none /m/$i; done; touch /tmp/ready", "more than 200"),
+    "what a resume needs": ("mv /run /run.old; mkdir /run; touch /tmp/ready", "no plain /run/stillbox/boot_id"),
 }
 
 
 @pytest.mark.parametrize("what", HOARDS)
-def test_a_pause_that_would_take_minutes_is_refused_for(sandbox, what):
+def test_a_pause_that_would_take_minutes_or_could_not_be_undone_is_refused_for(server, sandbox, what):
     hoard, reason = HOARDS[what]
     sandbox.commands.run(hoard, user="root", background=True, timeout=0)
     assert sandbox.commands.run("for i in $(seq 200); do test -e /tmp/ready && exit; sleep 0.1; done; exit 1").exit_code == 0
-    with pytest.raises(SandboxException, match=reason):
-        sandbox.pause()
+    status, body = api(server, "POST", f"/sandboxes/{sandbox.sandbox_id}/pause", {})
+    assert status == 409 and reason in body["message"], body
     assert sandbox.commands.run("echo on").stdout == "on\n"
