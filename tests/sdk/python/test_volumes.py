@@ -2,11 +2,13 @@
 
 import datetime
 import io
+import pathlib
 import time
 import uuid
 
 import pytest
 from e2b import Sandbox
+from server import Server
 
 Volume = getattr(pytest.importorskip("e2b"), "Volume", None)
 pytestmark = pytest.mark.skipif(Volume is None, reason="this SDK has no volumes")
@@ -200,3 +202,37 @@ def test_the_token_of_one_volume_opens_no_other(volume):
         assert stolen.volume_id == volume.volume_id
     finally:
         Volume.destroy(other.volume_id)
+
+
+def test_a_killed_server_is_followed_by_one_that_finds_the_volumes_as_they_were():
+    server = Server()
+    try:
+        server.start()
+        options = {"api_key": server.environment()["E2B_API_KEY"], "api_url": f"http://127.0.0.1:{server.port}"}
+        volume = Volume.create("kept", **options)
+        places = {"sandbox_url": options["api_url"], **options}
+        running = Sandbox.create(timeout=300, volume_mounts={"/mnt/data": volume}, **places)
+        paused = Sandbox.create(timeout=300, volume_mounts={"/mnt/data": volume}, **places)
+        paused.pause()
+        running.files.write("/mnt/data/before", "the kill")
+        server.kill9()
+        server.start()
+        assert running.files.read("/mnt/data/before") == "the kill"
+        running.files.write("/mnt/data/after", "it too")
+        again = Sandbox.connect(paused.sandbox_id, **places)
+        assert again.files.read("/mnt/data/after") == "it too"
+        assert volume.read_file("/after", api_url=options["api_url"]) == "it too"
+        listed = server.cli("volume", "ls").stdout
+        assert "kept" in listed and volume.volume_id in listed and "10 GiB" in listed, listed
+        assert "in volumes" in server.cli("df").stdout
+        refused = server.cli("volume", "rm", "kept", check=False)
+        assert refused.returncode == 1 and "is mounted in sandbox" in refused.stderr
+        for sandbox in (running, again):
+            sandbox.kill()
+        made = server.cli("volume", "create", "second", "--size", "64 MiB").stdout.strip()
+        assert server.cli("volume", "rm", "kept", made).stdout == f"removed kept\nremoved {made}\n"
+        server.stop()
+        assert server.leftovers() == [] and list((server.data_dir / "volumes").iterdir()) == []
+        assert str(server.data_dir / "volumes") not in pathlib.Path("/proc/self/mountinfo").read_text()
+    finally:
+        server.remove()
