@@ -13,7 +13,7 @@ import time
 
 import pytest
 from e2b import Sandbox
-from test_crashes import api, arguments, attempt, children, crashing, tidy_up, until  # noqa: F401
+from test_crashes import api, arguments, attempt, children, crashing, name, tidy_up, until  # noqa: F401
 
 # Threads that compute, processes that count, a connection between two threads that is never at rest: each says what it
 # finds that cannot be. What a dump leaves in a process shows in its maps, descriptors and blocked signals.
@@ -110,7 +110,7 @@ class Killer(threading.Thread):
 
     def criu(self):
         for helper in children(self.server.process.pid):
-            if "dump" in arguments(helper)[1:3]:
+            if name(helper) == "sb-dump":
                 for each in children(helper):
                     if "swrk" in arguments(each):
                         return helper, each
@@ -193,11 +193,11 @@ class Witness:
             return all(now["counts"][name] > count for name, count in first["counts"].items() if not is_connection_lost or name not in ("send", "receive"))
         until(goes_on, f"all to go on after {what}: {first}")
         # The agent's threads come and go, and so do commands; the witness and its children stay as they were.
-        for pid, (blocked, foreign, name) in self.before.items():
-            if name.startswith("python3"):
+        for pid, (blocked, foreign, command) in self.before.items():
+            if command.startswith("python3"):
                 now = self.traces(pid)
-                assert now[1] == [], f"{what}: {pid} {name}: {now[1]}"
-                assert set(now[0]) <= set(blocked), f"{what}: {pid} {name} blocks {now[0]}, before {blocked}"
+                assert now[1] == [], f"{what}: {pid} {command}: {now[1]}"
+                assert set(now[0]) <= set(blocked), f"{what}: {pid} {command} blocks {now[0]}, before {blocked}"
 
 
 VERBS = {
@@ -212,7 +212,9 @@ def walk(server, rounds, seed, is_helper_killed):
     witness = Witness()
     chance = random.Random(seed)
     outcomes = collections.Counter()
-    while outcomes.total() < rounds:
+    for call in range(4 * rounds + 20):
+        if outcomes.total() == rounds:
+            break
         timing, verb = chance.choice(TIMINGS), chance.choice(list(VERBS))
         after_s = {"start": chance.uniform(0, 0.03), "inside": chance.uniform(0, 0.004), "late": chance.uniform(0.015, 0.05)}[timing]
         what = f"seed {seed}, kill {outcomes.total()}: {verb}, {timing} + {after_s * 1000:.2f} ms"
@@ -230,6 +232,7 @@ def walk(server, rounds, seed, is_helper_killed):
         witness.check(f"{what}, answered {status} {answer}", is_connection_lost=is_helper_killed)
         tidy_up(server, witness)
     print(f"{outcomes.total()} kills{' with the helper' if is_helper_killed else ''}: {dict(outcomes)}, seed {seed}")
+    assert outcomes.total() == rounds, f"only {outcomes.total()} kills in {call} calls"
     failed = sum(count for outcome, count in outcomes.items() if "failed" in outcome)
     assert failed > rounds / 3, f"most kills came too late: {outcomes}"
     # What was changed was undone: it can be dumped, and restored.
