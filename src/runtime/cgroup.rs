@@ -74,9 +74,10 @@ struct Hierarchy {
     controllers: Vec<String>,
 }
 
-/// What is limited or counted by a controller of v1, and systemd's own hierarchy, by which it tells whose processes are whose.
+/// What is limited or counted by a controller of v1; the freezer, which holds the tasks of a dump whose CRIU is killed; and
+/// systemd's own hierarchy, by which it tells whose processes are whose.
 /// Each further one would cost every sandbox its part of a create and a kill (a cpuset's removal 3 ms) and limit nothing.
-const WANTED_V1: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "devices", "name=systemd"];
+const WANTED_V1: [&str; 7] = ["memory", "cpu", "cpuacct", "pids", "devices", "freezer", "name=systemd"];
 
 impl Hierarchy {
     fn is_wanted(&self) -> bool {
@@ -452,12 +453,13 @@ mod tests {
 30 20 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
 31 30 0:27 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
 35 30 0:31 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer
+36 30 0:32 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset
 32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
 33 30 0:29 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd
 34 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
         let (version, hierarchies) = detect(mountinfo);
         assert_eq!(version, Version::V1);
-        assert_eq!(hierarchies.len(), 3);
+        assert_eq!(hierarchies.len(), 4);
         assert!(hierarchies[0].has("cpu") && hierarchies[0].has("cpuacct") && !hierarchies[0].has("memory"));
     }
 
