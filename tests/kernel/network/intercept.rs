@@ -148,8 +148,7 @@ fn a_host_beside_an_absolute_target_leads_no_secret_elsewhere() {
         // The end of TLS is not always told.
         let _ = stream.read_to_end(&mut answer);
         let answer = String::from_utf8(answer).unwrap().to_lowercase();
-        assert!(answer.contains("x-token: s3cret") && answer.contains("host: secure.example"), "{answer}");
-        assert!(!answer.contains("attacker"), "{answer}");
+        assert!(answer.starts_with("http/1.1 421 ") && !answer.contains("s3cret"), "{answer}");
     });
 }
 
