@@ -81,7 +81,7 @@ mod tests {
             bring_loopback_up()?;
             let (from, to) = (UdpSocket::bind("127.0.0.1:0")?, UdpSocket::bind("127.0.0.1:0")?);
             to.set_read_timeout(Some(Duration::from_millis(200)))?;
-            let mut arrives = || {
+            let arrives = || {
                 let _a_full_queue_may_be_told = from.send_to(b"x", to.local_addr()?);
                 Ok::<_, io::Error>(to.recv(&mut [0; 8]).is_ok())
             };

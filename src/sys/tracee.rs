@@ -211,6 +211,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "it is reaped by the function under test")]
     fn a_killed_process_is_held_at_its_end() {
         let mut child = sleeper();
         let tracee = Tracee::hold_at_end(i32::try_from(child.id()).unwrap()).unwrap();

@@ -35,6 +35,13 @@ const JOURNAL_VARIABLE: &str = "STILLBOX_CURE_FD";
 /// How long CRIU may take from its answer to its end.
 const LAST_STEPS_WITHIN: Duration = Duration::from_millis(200);
 
+/// Whether CRIU has given its final answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Talk {
+    GoingOn,
+    Over,
+}
+
 /// What is asked of CRIU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verb {
@@ -89,7 +96,7 @@ struct Watched {
 pub(super) struct Swrk {
     process: OwnedFd,
     watched: Option<Watched>,
-    has_answered: bool,
+    talk: Talk,
     socket: OwnedFd,
     verb: Verb,
     log: PathBuf,
@@ -113,7 +120,7 @@ impl Swrk {
         let started = spawn(criu, verb, seat, guard).map_err(|source| CriuError::Spawn { path: criu.to_owned(), source })?;
         let Started { process, socket, watched } = started;
         let log = work.join(verb.log_name());
-        Ok(Swrk { process, watched, has_answered: false, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
+        Ok(Swrk { process, watched, talk: Talk::GoingOn, socket, verb, log, deadline, ends_at: Instant::now() + deadline })
     }
 
     /// Sends the request and answers CRIU's stops by `on_moment` (its name, and init's pid where CRIU tells it)
@@ -134,7 +141,7 @@ impl Swrk {
                 other => other?,
             };
             if response.type_() != rpc::Criu_req_type::NOTIFY {
-                self.has_answered = true;
+                self.talk = Talk::Over;
                 if response.success() {
                     return Ok(response);
                 }
@@ -216,7 +223,7 @@ impl Swrk {
         let any = |place: usize| fds.get(place).is_some_and(|fd| fd.any().unwrap_or(true));
         let (woken, has_stopped) = (Woken { socket: any(0), ended: any(1) }, any(2));
         if has_stopped && let Some(watched) = &mut self.watched {
-            watched.answer_stops(self.has_answered);
+            watched.answer_stops(self.talk);
         }
         Ok(woken)
     }
@@ -230,9 +237,9 @@ impl Swrk {
         }
         while self.poll(PollTimeout::NONE).is_ok_and(|woken| !woken.ended) {}
         let _ = process::reap(self.process.as_fd());
-        match self.has_answered {
-            true => End::AfterItsAnswer,
-            false => End::InTheMiddle(self.watched.as_mut().and_then(|watched| watched.frozen.take())),
+        match self.talk {
+            Talk::Over => End::AfterItsAnswer,
+            Talk::GoingOn => End::InTheMiddle(self.watched.as_mut().and_then(|watched| watched.frozen.take())),
         }
     }
 
@@ -287,12 +294,12 @@ impl Watched {
         Ok(Self { tracee: Tracee::hold_at_end(pid)?, stops, cgroups: guard.cgroups.to_vec(), frozen: None })
     }
 
-    fn answer_stops(&mut self, has_answered: bool) {
+    fn answer_stops(&mut self, talk: Talk) {
         while matches!(self.stops.read_signal(), Ok(Some(_))) {}
         while let Ok(Some(stop)) = self.tracee.stopped() {
             let gone_on = match stop {
                 Stop::Ending => {
-                    if !has_answered {
+                    if talk == Talk::GoingOn {
                         self.frozen = Some(Frozen::freeze(&self.cgroups));
                     }
                     self.tracee.go_on(0)
