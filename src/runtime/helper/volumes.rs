@@ -116,6 +116,9 @@ impl<'a> Staged<'a> {
 
     /// Attaches what the dump did not bring.
     pub(super) fn attach_missing(&self, init: i32, uid_base: u32) -> io::Result<()> {
+        if self.binds.is_empty() {
+            return Ok(());
+        }
         let table = fs::read(format!("/proc/{init}/mountinfo"))?;
         let there: BTreeSet<u64> = table.split(|byte| *byte == b'\n').filter_map(mountinfo::device).collect();
         let mut missing = Vec::new();

@@ -32,18 +32,19 @@ pub(crate) struct SeenVolume {
 
 /// The file systems of the volumes below `volumes` that are in use: device number and volume.
 pub(crate) fn devices(volumes: &Path) -> io::Result<BTreeMap<u64, VolumeId>> {
+    let image_of = |entry: fs::DirEntry| {
+        let image = fs::metadata(entry.path().join(VOLUME_IMAGE)).ok()?;
+        Some(((image.dev(), image.ino()), entry.file_name().to_str()?.parse().ok()?))
+    };
+    let images: BTreeMap<loop_device::FileKey, VolumeId> =
+        fs::read_dir(volumes).into_iter().flatten().flatten().filter_map(image_of).collect();
+    if images.is_empty() {
+        // Every dump asks, while its tasks stand still, and there may be hundreds of loop devices.
+        return Ok(BTreeMap::new());
+    }
     let holders = loop_device::holders_of_files_called(Path::new(VOLUME_IMAGE))?;
-    let mut devices = BTreeMap::new();
-    if holders.is_empty() {
-        return Ok(devices);
-    }
-    for entry in fs::read_dir(volumes).into_iter().flatten().flatten() {
-        let Ok(image) = fs::metadata(entry.path().join(VOLUME_IMAGE)) else { continue };
-        let Some(volume) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        let of_it = holders.iter().filter(|(_, file)| *file == (image.dev(), image.ino()));
-        devices.extend(of_it.map(|(number, _)| (makedev(LOOP_MAJOR, u64::from(*number)), volume)));
-    }
-    Ok(devices)
+    let device_of = |(number, file)| Some((makedev(LOOP_MAJOR, u64::from(number)), *images.get(&file)?));
+    Ok(holders.into_iter().filter_map(device_of).collect())
 }
 
 /// The volumes that `process` has mounted in its mount namespace.
