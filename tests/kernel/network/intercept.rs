@@ -30,7 +30,7 @@ impl Between {
         let authority = |name: &str| Arc::new(Authority::open(&world.data_dir(name), name).unwrap());
         let (ours, theirs) = (authority("ours1"), authority("their"));
         let tls = server_config(&theirs, "secure.example").unwrap();
-        world.internet().run(|| Ok(serve(tls))).unwrap();
+        world.internet().run(|| serve(tls)).unwrap();
         let interception = Interception::new(interception_config(&ours).unwrap(), Some(theirs.path())).unwrap();
         let (pool_slots, dns_upstreams) = (1, vec![super::world::EIGHT.into()]);
         let config = NetworkConfig { pool_slots, dns_upstreams, interception: Some(interception), ..NetworkConfig::default() };
@@ -39,9 +39,9 @@ impl Between {
 }
 
 /// Answers HTTP at [`SECURE`], encrypted and not, in the netns of the calling thread.
-fn serve(tls: Arc<rustls::ServerConfig>) {
+fn serve(tls: Arc<rustls::ServerConfig>) -> io::Result<()> {
     for (port, tls) in [(80, None), (443, Some(tls))] {
-        let listener = TcpListener::bind((SECURE, port)).unwrap();
+        let listener = TcpListener::bind((SECURE, port))?;
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (stream, tls) = (stream.unwrap(), tls.clone());
@@ -52,6 +52,7 @@ fn serve(tls: Arc<rustls::ServerConfig>) {
             }
         });
     }
+    Ok(())
 }
 
 /// Answers each request with its own head; `/chunks` repeats the body, chunk by chunk, and an upgrade every byte.
