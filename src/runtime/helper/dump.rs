@@ -1,6 +1,6 @@
 //! A dump: CRIU writes the tree down, and while it stands still the disk is copied.
 
-use super::super::disk::{DiskError, copy_of_mounted, sync_mounted};
+use super::super::disk::{DiskError, copy_of_still, sync_mounted};
 use super::super::{AfterDump, DUMPED_FILE, Dumped};
 use super::criu::files::forget_sizes;
 use super::criu::{self, CriuError, DumpOptions, HookError, place};
@@ -108,7 +108,7 @@ impl Dump {
 
     fn copy_disk(&self) -> Result<(), HookError> {
         match &self.disk_copy {
-            Some(copy) => Ok(copy_of_mounted(&self.folder, copy)?),
+            Some(copy) => Ok(copy_of_still(&self.folder, copy)?),
             None => Ok(()),
         }
     }
