@@ -28,7 +28,7 @@ def live(server):
 
 def test_pause_clone_and_kill_at_once_leave_what_they_said_and_nothing_else(server):
     before = live(server)
-    told = ("not found", "404", "409", "is being", "paused")
+    told = ("not found", "doesn't exist", "404", "409", "is being", "paused")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for round in range(ROUNDS):
             parent = Sandbox.create(timeout=60)

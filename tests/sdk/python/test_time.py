@@ -1,7 +1,6 @@
 """Pause, resume, fork, snapshots: memory, processes and files stop, last, go on and multiply."""
 
 import concurrent.futures
-import inspect
 import os
 import subprocess
 import time
@@ -254,7 +253,6 @@ def test_an_open_sqlite_connection_goes_on_in_source_and_forks(sandbox):
             fork.kill()
 
 
-@pytest.mark.skipif("mode" not in inspect.signature(Sandbox.create_snapshot).parameters, reason="this SDK asks for no snapshots of files alone")
 def test_a_snapshot_of_files_alone_starts_cold(server):
     source = Sandbox.create(timeout=120, envs={"ONLY": "the source's"})
     start_counter(source)
