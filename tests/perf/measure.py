@@ -15,6 +15,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "sdk/pyt
 from server import Server  # noqa: E402  (the SDK tests' server is the same one)
 
 
+# Until what a rush used up is made again: roots and slots.
+REST_S = 1.5
+
+
 class Api:
     """The control plane and the agents behind the proxy over kept-alive connections, without an SDK's own cost."""
 

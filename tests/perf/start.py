@@ -11,10 +11,7 @@ import sys
 import tempfile
 import time
 
-from measure import Api, Server, Verdicts, creates_in_a_row, machine, show, timed
-
-# Until what a rush used up is made again: roots and slots.
-REST_S = 1.5
+from measure import REST_S, Api, Server, Verdicts, creates_in_a_row, machine, show, timed
 
 
 class Runc:

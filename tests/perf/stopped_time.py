@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 
-from measure import Api, Sandbox, Server, Verdicts, cpu_ms, creates_in_a_row, machine, show, timed, with_memory
+from measure import REST_S, Api, Sandbox, Server, Verdicts, cpu_ms, creates_in_a_row, machine, show, timed, with_memory
 from podman import NoPeer, Podman
 
 # Ticks in memory; tells its longest pause between two ticks, which is how long it stood still.
@@ -133,32 +133,55 @@ def first_command(api):
 def forks(verdicts, api):
     print("\n== 8 forks of a bare sandbox, all answering")
     source = api.create()
-    background(source, TICKER)
-    until(lambda: source.run("/bin/ls", "/tmp/ready"))
+    echo(source)
+    totals = [fork_all(api, source) for _ in range(8)]
+    source.kill()
+    verdicts.hold("8 forks, all answering", show("fork x 8 -> all answer", totals)["median"], 150, " ms")
+
+    # Only a process inside can tell how long it stood still; that sandbox, and each of its copies, is not bare any more.
+    source = ticking(api)
     totals, stills = [], []
     for _ in range(5):
         source.run("/bin/touch", "/tmp/reset")
-
-        def fork_all():
-            entries = source.control("POST", "/fork", {"timeout": 600, "count": 8})
-            copies = [Sandbox(another(api), entry["sandbox"]["sandboxID"], entry["sandbox"]["envdAccessToken"]) for entry in entries]
-            threads = [threading.Thread(target=echo, args=(copy,)) for copy in copies]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            return copies
-
-        seconds, copies = timed(fork_all)
-        totals.append(seconds)
+        totals.append(fork_all(api, source))
         stills.append(float(source.run("/bin/cat", "/tmp/longest")))
-        for copy in copies:
-            copy.kill()
     used = int(source.run("/bin/bash", "-c", "df -BM --output=used / | tail -1 | tr -dc 0-9"))
     source.kill()
-    verdicts.hold("8 forks, all answering", show("fork x 8 -> all answer", totals)["median"], 150, " ms")
-    values = show("source's standstill", stills)
+    show("the same of one with a Python process that ticks", totals)
+    values = show("its standstill", stills)
     verdicts.hold(f"standstill with {used} MB on its disk", values["median"], 40 + 2 * used, " ms")
+
+
+def fork_all(api, source):
+    """Seconds until eight copies have answered; they are ended afterwards."""
+
+    def fork():
+        entries = source.control("POST", "/fork", {"timeout": 600, "count": 8})
+        copies = [Sandbox(another(api), entry["sandbox"]["sandboxID"], entry["sandbox"]["envdAccessToken"]) for entry in entries]
+        all_answer(copies)
+        return copies
+
+    time.sleep(REST_S)
+    seconds, copies = timed(fork)
+    for copy in copies:
+        copy.kill()
+    return seconds
+
+
+def all_answer(sandboxes):
+    threads = [threading.Thread(target=echo, args=(sandbox,)) for sandbox in sandboxes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def ticking(api):
+    """A sandbox with a process that notes the longest time for which it did not run."""
+    sandbox = api.create()
+    background(sandbox, TICKER)
+    until(lambda: sandbox.run("/bin/ls", "/tmp/ready"))
+    return sandbox
 
 
 def another(api):
@@ -171,10 +194,8 @@ def another(api):
 
 def standstill_with_data(api):
     print("\n== standstill of a source with 1 GB on its disk (printed, no promise)")
-    source = api.create()
+    source = ticking(api)
     source.run("/bin/bash", "-c", "head -c 1G /dev/urandom > /home/user/data; sync")
-    background(source, TICKER)
-    until(lambda: source.run("/bin/ls", "/tmp/ready"))
     source.run("/bin/touch", "/tmp/reset")
     entries = source.control("POST", "/fork", {"timeout": 600, "count": 1})
     print(f"  stood still {float(source.run('/bin/cat', '/tmp/longest')) * 1000:.0f} ms")
