@@ -6,6 +6,8 @@ pub mod model;
 
 pub mod sys;
 
+pub mod hop;
+
 pub mod store;
 
 pub mod runtime;

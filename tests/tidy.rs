@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("sys", &[]),
+    ("hop", &[]),
     ("store", &["model"]),
-    ("runtime", &["model", "sys"]),
+    ("runtime", &["model", "sys", "hop"]),
     ("sandbox", &["model", "store", "runtime"]),
     ("template", &["model", "store", "runtime", "sandbox"]),
     ("volume", &["model", "sys", "store", "runtime", "sandbox"]),
-    ("proxy", &["model", "sandbox"]),
+    ("proxy", &["model", "sandbox", "hop"]),
     ("api", &["model", "sandbox", "template", "volume"]),
     // A room's own Config struct is all that it takes from any.
     ("config", &["model", "runtime", "sandbox", "template", "volume", "proxy", "api"]),

@@ -11,6 +11,7 @@ use super::inner_tls;
 use super::pool::{Connection, Key, Pool};
 use super::refusal::Refusal;
 use super::splice::splice;
+use crate::hop;
 use crate::sandbox::InUse;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -32,11 +33,6 @@ const DIAL_WAITS: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(200), Duration::from_millis(300), Duration::from_millis(400)];
 /// One attempt. Inside one machine only a full backlog is slow.
 const DIAL_MAX: Duration = Duration::from_secs(5);
-
-/// Headers of one hop (RFC 9110, 7.6.1), beside those that `Connection` names. `Transfer-Encoding` and `Upgrade` are
-/// treated apart; `TE` and `Trailer` pass, because trailers do.
-const HOP_BY_HOP: [HeaderName; 4] =
-    [header::CONNECTION, HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::UPGRADE];
 
 /// An answer's body: a sandbox's, or a text of the proxy's own.
 #[derive(Debug)]
@@ -127,7 +123,7 @@ pub(super) async fn forward(
     in_use: Option<InUse>,
 ) -> Result<Response<ProxyBody>, Refusal> {
     let key = (door.id(), target.port);
-    let upgrade = requested_upgrade(request.headers());
+    let upgrade = hop::requested_upgrade(request.headers());
     let mut request = rewritten(request, door.as_ref(), target.port);
     let client = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     if let Some(protocol) = upgrade {
@@ -215,7 +211,7 @@ fn answered(
     (pool, key): (&Arc<Pool>, Key),
     in_use: Option<InUse>,
 ) -> Response<ProxyBody> {
-    remove_hop_by_hop(response.headers_mut());
+    hop::remove(response.headers_mut());
     // hyper frames the body anew, as the client's version of HTTP wants it.
     response.headers_mut().remove(header::TRANSFER_ENCODING);
     *response.version_mut() = Version::HTTP_11;
@@ -239,7 +235,7 @@ fn rewritten(mut request: Request<Incoming>, door: &dyn Door, port: u16) -> Requ
     if let Some(host) = host {
         headers.insert(header::HOST, host);
     }
-    remove_hop_by_hop(headers);
+    hop::remove(headers);
     // hyper has answered it towards the client as soon as the body is read.
     headers.remove(header::EXPECT);
     if port != ENVD_PORT {
@@ -261,34 +257,5 @@ fn mask_host(headers: &mut HeaderMap, mask: Option<&str>, port: u16) {
     let Ok(masked) = HeaderValue::try_from(mask.replace("${PORT}", &port.to_string())) else { return };
     if let Some(original) = headers.insert(header::HOST, masked) {
         headers.insert(HeaderName::from_static("x-forwarded-host"), original);
-    }
-}
-
-/// The protocol that the client wants to switch to.
-fn requested_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
-    let wants = headers.get_all(header::CONNECTION).iter().any(|value| has_token(value, "upgrade"));
-    wants.then(|| headers.get(header::UPGRADE).cloned()).flatten()
-}
-
-fn has_token(value: &HeaderValue, token: &str) -> bool {
-    value.to_str().is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case(token)))
-}
-
-fn remove_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        // `Connection: content-length` and the like would change where the message ends.
-        .filter(|name| !matches!(*name, header::CONTENT_LENGTH | header::TRANSFER_ENCODING | header::HOST))
-        .collect();
-    for name in named.iter().chain(&HOP_BY_HOP) {
-        headers.remove(name);
-    }
-    if headers.contains_key(header::TRANSFER_ENCODING) {
-        // RFC 9112, 6.3: a length beside it is somebody's attempt to be understood in two ways.
-        headers.remove(header::CONTENT_LENGTH);
     }
 }

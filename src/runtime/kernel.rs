@@ -25,7 +25,7 @@ pub use open::OpenError;
 use super::cgroup::Cgroups;
 use super::config::RuntimeConfig;
 use super::criu_binary::CriuBinary;
-use super::disk::{DiskError, DiskKind, Disks, copy_of_mounted, sync_mounted};
+use super::disk::{DiskError, DiskKind, Disks, copy_of_mounted};
 use super::layout::Layout;
 use super::network::{Network, NetworkError};
 use super::rootfs::{DiskNext, missing_in};
@@ -173,11 +173,7 @@ impl Runtime for Kernel {
         if self.0.disks.kind() == DiskKind::Folder {
             return Err(step(id, "copying its disk")(DiskError::NoCopies));
         }
-        let copied = self.blocking(move |shared| {
-            let folder = shared.layout.sandbox(id);
-            sync_mounted(&folder)?;
-            copy_of_mounted(&folder, &to)
-        });
+        let copied = self.blocking(move |shared| copy_of_mounted(&shared.layout.sandbox(id), &to));
         copied.await.map_err(step(id, "copying its disk"))
     }
 

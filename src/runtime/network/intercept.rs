@@ -10,8 +10,9 @@
 use super::gate::{Gate, Target};
 use super::rewrite::{Channel, RewriteError};
 use super::services::View;
+use crate::hop;
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
@@ -36,16 +37,6 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 const HANDSHAKE_MAX: Duration = Duration::from_secs(15);
 /// The first byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
-/// Of one hop (RFC 9110, 7.6.1), beside those that `Connection` names.
-const HOP_BY_HOP: [HeaderName; 5] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::UPGRADE,
-    // hyper answers it as soon as the body is read.
-    header::EXPECT,
-];
-
 /// What both ends of an intercepted connection are made with.
 #[derive(Clone)]
 pub struct Interception {
@@ -208,7 +199,7 @@ impl Exchange {
         if !is_for(&request, &self.name) {
             return Err(Refusal::Misdirected(self.name.clone()));
         }
-        let protocol = wanted_protocol(request.headers());
+        let protocol = hop::requested_upgrade(request.headers());
         let sandbox = protocol.is_some().then(|| hyper::upgrade::on(&mut request));
         self.rewrite(&mut request, protocol)?;
         let (mut response, sender) = self.send(request).await?;
@@ -220,7 +211,7 @@ impl Exchange {
             return Ok(response.map(BodyExt::boxed));
         }
         *lock(&self.other) = Some(sender);
-        remove_hop_by_hop(response.headers_mut());
+        end_hop(response.headers_mut());
         // hyper frames the body anew, as the sandbox's version of HTTP wants it.
         response.headers_mut().remove(header::TRANSFER_ENCODING);
         *response.version_mut() = Version::HTTP_11;
@@ -230,7 +221,7 @@ impl Exchange {
     fn rewrite(&self, request: &mut Request<Incoming>, protocol: Option<HeaderValue>) -> Result<(), RewriteError> {
         *request.uri_mut() = request.uri().path_and_query().map_or_else(|| Uri::from_static("/"), |path| Uri::from(path.clone()));
         *request.version_mut() = Version::HTTP_11;
-        remove_hop_by_hop(request.headers_mut());
+        end_hop(request.headers_mut());
         // An absolute target may come with any Host beside it. Behind one address many may serve many names, each with a
         // certificate: the other end must not take the request, secrets and all, for somebody else's.
         let host = HeaderValue::from_str(&self.name).map_err(|_| RewriteError::Header(header::HOST.to_string()))?;
@@ -297,29 +288,10 @@ fn is_for<B>(request: &Request<B>, name: &str) -> bool {
     host.to_str().is_ok_and(is_name) && request.uri().host().is_none_or(is_name)
 }
 
-fn wanted_protocol(headers: &HeaderMap) -> Option<HeaderValue> {
-    let is_upgrade = |word: &str| word.trim().eq_ignore_ascii_case("upgrade");
-    let mut values = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    values.any(|value| value.split(',').any(is_upgrade)).then(|| headers.get(header::UPGRADE).cloned()).flatten()
-}
-
-fn remove_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        // `Connection: content-length` and the like would change where the message ends.
-        .filter(|name| !matches!(*name, header::CONTENT_LENGTH | header::TRANSFER_ENCODING | header::HOST))
-        .collect();
-    for name in named.iter().chain(&HOP_BY_HOP) {
-        headers.remove(name);
-    }
-    if headers.contains_key(header::TRANSFER_ENCODING) {
-        // RFC 9112, 6.3: a length beside it is somebody's attempt to be understood in two ways.
-        headers.remove(header::CONTENT_LENGTH);
-    }
+/// Without what belongs to the hop to us. `Expect` does too: hyper answers it as soon as the body is read.
+fn end_hop(headers: &mut HeaderMap) {
+    hop::remove(headers);
+    headers.remove(header::EXPECT);
 }
 
 #[cfg(test)]
@@ -342,22 +314,5 @@ mod tests {
         assert!(!is_for_it("http://api.example.com/", &["other.example.com"]), "a shared address would pass it on by this");
         assert!(!is_for_it("http://other.example.com/", &["api.example.com"]));
         assert!(!is_for_it("/", &["api.example.com", "other.example.com"]) && !is_for_it("/", &[]));
-    }
-
-    #[test]
-    fn what_is_of_one_hop_is_taken_out_and_what_frames_a_message_is_not() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in
-            [("connection", "x-own, content-length"), ("x-own", "1"), ("keep-alive", "5"), ("content-length", "3"), ("accept", "a")]
-        {
-            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
-        }
-        remove_hop_by_hop(&mut headers);
-        let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
-        left.sort_unstable();
-        assert_eq!(left, ["accept", "content-length"]);
-        headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        remove_hop_by_hop(&mut headers);
-        assert!(!headers.contains_key(header::CONTENT_LENGTH), "one length");
     }
 }

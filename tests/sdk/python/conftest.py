@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+from outside import outside
 from server import Server
 
 # Short, so that the tests of history and of waking need no long waits.
@@ -62,3 +63,13 @@ def sandbox(server):
 def access(server):
     """What every call of HopX's SDK needs to reach the test's server."""
     return {"api_key": server.environment()["E2B_API_KEY"], "base_url": f"http://127.0.0.1:{server.port}"}
+
+
+@pytest.fixture(scope="module")
+def reaching():
+    """A server of its own, whose sandboxes reach the machine of outside.py."""
+    with outside() as settings:
+        server = Server(**settings)
+        server.start()
+        yield server
+        server.remove()

@@ -1,9 +1,11 @@
 """A real `stillbox serve` with a data folder and ports of its own, and the means to kill it and start it again."""
 
 import atexit
+import errno
 import json
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
@@ -24,10 +26,36 @@ START_S_MAX = 240
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("STILLBOX_")}
 
 
+# Below what the kernel takes by itself for connections and `bind(0)` (ip_local_port_range begins at 32768), so that
+# nobody comes by one of these by accident, not even while its server is killed and started again.
+PORTS = range(16000, 32000)
+_held = []
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of 127.0.0.1 and ::1 that no other test process is given as long as this one lives: several run side by
+    side. The hold on it is an abstract socket's name, which goes with the process."""
+    for port in random.sample(PORTS, len(PORTS)):
+        hold = socket.socket(socket.AF_UNIX)
+        if _binds(hold, f"\0stillbox-test-port-{port}") and _is_unused(port):
+            _held.append(hold)
+            return port
+        hold.close()
+    raise RuntimeError(f"every port of {PORTS} is in use")
+
+
+def _is_unused(port):
+    with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
+        return _binds(four, ("127.0.0.1", port)) and _binds(six, ("::1", port))
+
+
+def _binds(probe, address):
+    try:
+        probe.bind(address)
+    except OSError as error:
+        # A machine without ::1 has nobody there either.
+        return error.errno != errno.EADDRINUSE
+    return True
 
 
 class Server:

@@ -183,13 +183,29 @@ def test_the_server_dies_at(crashing, kept, point, verb):
     assert left == [], f"{point}: {left}"
 
 
-class Killer(threading.Thread):
+class Hunter(threading.Thread):
+    """Runs beside what it surrounds, until that is over; `killed` tells whether it met its moment."""
+
+    def __init__(self, server):
+        super().__init__(daemon=True)
+        self.server = server.process.pid
+        self.over, self.killed = threading.Event(), False
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+
+class Killer(Hunter):
     """Kills the helper that the server runs for `operation`, or its CRIU, some time after that began."""
 
     def __init__(self, server, victim, operation, after_ms):
-        super().__init__(daemon=True)
-        self.server, self.victim, self.operation, self.after_ms = server.process.pid, victim, operation, after_ms
-        self.over, self.killed = threading.Event(), False
+        super().__init__(server)
+        self.victim, self.operation, self.after_ms = victim, operation, after_ms
 
     def run(self):
         while not self.over.is_set():
@@ -209,14 +225,6 @@ class Killer(threading.Thread):
             self.killed = True
         except OSError:
             pass  # It had ended.
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.join()
 
 
 def children(pid):

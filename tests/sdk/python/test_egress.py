@@ -3,17 +3,7 @@
 import json
 
 import pytest
-from outside import NAME, outside
-from server import Server
-
-
-@pytest.fixture(scope="module")
-def reaching():
-    with outside() as settings:
-        server = Server(**settings)
-        server.start()
-        yield server
-        server.remove()
+from outside import NAME
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import os
 import pathlib
 import random
 import signal
-import threading
 import time
 
 import pytest
 from e2b import Sandbox
-from test_crashes import api, arguments, attempt, children, crashing, name, tidy_up, until  # noqa: F401
+from test_crashes import Hunter, api, arguments, attempt, children, crashing, name, tidy_up, until  # noqa: F401
 
 # Threads that compute, processes that count, a connection between two threads that is never at rest: each says what it
 # finds that cannot be. What a dump leaves in a process shows in its maps, descriptors and blocked signals.
@@ -99,17 +98,16 @@ def read(path):
         return ""
 
 
-class Killer(threading.Thread):
+class Killer(Hunter):
     """Kills the CRIU of the next dump at the moment that it is given."""
 
     def __init__(self, server, victims, timing, after_s, is_helper_killed):
-        super().__init__(daemon=True)
-        self.server, self.victims, self.timing, self.after_s = server, victims, timing, after_s
+        super().__init__(server)
+        self.victims, self.timing, self.after_s = victims, timing, after_s
         self.is_helper_killed = is_helper_killed
-        self.over, self.killed = threading.Event(), False
 
     def criu(self):
-        for helper in children(self.server.process.pid):
+        for helper in children(self.server):
             if name(helper) == "sb-dump":
                 for each in children(helper):
                     if "swrk" in arguments(each):
@@ -142,14 +140,6 @@ class Killer(threading.Thread):
             except OSError:
                 pass  # It had ended.
             return
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.join()
 
 
 class Witness:

@@ -6,17 +6,7 @@ import pytest
 from novita_sandbox import Secret
 from novita_sandbox.core import Sandbox
 from novita_sandbox.core.exceptions import SandboxException
-from outside import NAME, outside
-from server import Server
-
-
-@pytest.fixture(scope="module")
-def reaching():
-    with outside() as settings:
-        server = Server(**settings)
-        server.start()
-        yield server
-        server.remove()
+from outside import NAME
 
 
 def test_a_bound_secret_reaches_its_hosts_and_nobody_inside(reaching, monkeypatch):

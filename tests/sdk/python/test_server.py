@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from e2b import Sandbox
-from server import Server
+from server import Server, free_port
 
 
 @pytest.fixture
@@ -86,6 +87,13 @@ def test_a_busy_port_and_an_unknown_setting_say_what_to_do(own_server):
     result = other.cli("--set=colour=red", "serve", check=False)
     assert result.returncode != 0 and "colour" in result.stderr
     other.remove()
+
+
+def test_no_other_test_process_is_given_a_port_of_ours():
+    ours = free_port()
+    ask = f"import server; server.PORTS = range({ours}, {ours + 1}); server.free_port()"
+    asked = subprocess.run([sys.executable, "-c", ask], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    assert f"every port of range({ours}, {ours + 1}) is in use" in asked.stderr
 
 
 def test_two_servers_side_by_side_do_not_touch_each_other(own_server):
