@@ -90,7 +90,15 @@ async fn disk(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
             })
         })
         .collect();
-    Ok(Json(json!({ "dumps": dumps, "usedBytes": disk.used.bytes(), "limitBytes": disk.limit.bytes() })))
+    let host = disk.room.as_ref().map(|room| {
+        json!({
+            "path": room.path.display().to_string(),
+            "freeBytes": room.free.bytes(),
+            "floorBytes": room.floor.bytes(),
+            "isLow": room.is_short_of(ByteSize(0)),
+        })
+    });
+    Ok(Json(json!({ "dumps": dumps, "usedBytes": disk.used.bytes(), "limitBytes": disk.limit.bytes(), "host": host })))
 }
 
 async fn collect_garbage(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {

@@ -14,6 +14,16 @@ struct Disk {
     dumps: Vec<Dump>,
     used_bytes: u64,
     limit_bytes: u64,
+    host: Option<Host>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Host {
+    path: String,
+    free_bytes: u64,
+    floor_bytes: u64,
+    is_low: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -50,6 +60,13 @@ pub(super) fn df(config: &Config) -> Outcome {
     println!("{} of {} (snapshots.disk_bytes_max)", ByteSize(disk.used_bytes), ByteSize(disk.limit_bytes));
     if let Some(volumes) = super::volume::taken(&client)? {
         println!("{volumes}");
+    }
+    if let Some(host) = &disk.host {
+        let (free, floor) = (ByteSize(host.free_bytes), ByteSize(host.floor_bytes));
+        println!("{free} free below {}; {floor} are kept free (runtime.disk_free_min)", host.path);
+        if host.is_low {
+            println!("too little: nothing is started, resumed or dumped, and running sandboxes find their disks full");
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

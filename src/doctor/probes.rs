@@ -190,10 +190,13 @@ fn disk(config: &Config) -> Verdict {
         return Fix(format!("{} cannot be examined", existing.display()));
     };
     let free = ByteSize(stat.blocks_available().saturating_mul(stat.fragment_size()));
-    if free >= DISK_FREE_MIN {
-        Fine(format!("{free} free at {}", existing.display()))
+    let (place, floor) = (existing.display(), config.runtime.disk_free_min);
+    if free < floor {
+        Fix(format!("{free} free at {place}, {floor} are kept free (runtime.disk_free_min): nothing is started or paused; free some"))
+    } else if free < DISK_FREE_MIN {
+        Fix(format!("{free} free at {place}, at least {DISK_FREE_MIN} are needed: free some or set data_dir"))
     } else {
-        Fix(format!("{free} free at {}, at least {DISK_FREE_MIN} are needed: free some or set data_dir", existing.display()))
+        Fine(format!("{free} free at {place}"))
     }
 }
 

@@ -90,7 +90,15 @@ fn refuse(error: RouteError) -> Refusal {
             Refusal::Transitioning
         }
         RouteError::Wake(ConnectError::TooMany(full)) => Refusal::NoPlace(format!("the paused sandbox cannot be woken now: {full}")),
-        RouteError::Wake(failed @ (ConnectError::TooLong { .. } | ConnectError::Restore { .. } | ConnectError::Store(_))) => {
+        RouteError::Wake(ConnectError::Exhausted { exhausted, .. }) => {
+            Refusal::NoPlace(format!("the paused sandbox cannot be woken now: {exhausted}"))
+        }
+        RouteError::Wake(
+            failed @ (ConnectError::TooLong { .. }
+            | ConnectError::BadMountPath { .. }
+            | ConnectError::Restore { .. }
+            | ConnectError::Store(_)),
+        ) => {
             // The core has logged it; how often clients try is theirs to choose.
             tracing::debug!(error = &failed as &dyn Error, "A request could not wake its sandbox");
             Refusal::WakeFailed

@@ -13,7 +13,7 @@ use nix::sys::statvfs::statvfs;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -30,20 +30,36 @@ pub enum DiskKind {
     Folder,
 }
 
+/// How full the file system of the data folder is. All disks in it are sparse: together they promise more than there is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Room {
+    /// The data folder.
+    pub path: PathBuf,
+    /// Used by anybody.
+    pub used: ByteSize,
+    /// What is left.
+    pub free: ByteSize,
+    /// What is to be kept free: `runtime.disk_free_min`.
+    pub floor: ByteSize,
+}
+
+impl Room {
+    /// Whether `need` more would lead below the floor, or what is there does.
+    pub fn is_short_of(&self, need: ByteSize) -> bool {
+        self.free.bytes() < self.floor.bytes().saturating_add(need.bytes())
+    }
+}
+
 /// Why a disk could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// Below the floor.
-    #[error("{used} of {limit} below {} are used, {floor} are kept free", path.display())]
+    #[error("{} are free below {}, {need} are needed and {} are kept free", room.free, room.path.display(), room.floor)]
     Full {
-        /// The data folder.
-        path: PathBuf,
-        /// Used bytes.
-        used: ByteSize,
-        /// What may be used.
-        limit: ByteSize,
-        /// `runtime.disk_free_min`.
-        floor: ByteSize,
+        /// As it is.
+        room: Room,
+        /// What was to be written.
+        need: ByteSize,
     },
     /// mkfs failed.
     #[error("mkfs.ext4 of {} failed: {detail}", path.display())]
@@ -97,18 +113,22 @@ impl Disks {
         self.kind
     }
 
-    /// An error when there is less room than new sandboxes may take.
-    pub fn check_free(&self) -> Result<(), DiskError> {
+    /// How full the host's disk is.
+    pub fn room(&self) -> Result<Room, DiskError> {
         let path = self.layout.data_dir();
         let space = statvfs(path).map_err(|errno| failed("look at", path)(errno.into()))?;
-        let bytes = |blocks: u64| blocks * space.fragment_size();
-        let free = bytes(space.blocks_available());
-        if free >= self.free_min.bytes() {
-            return Ok(());
+        let bytes = |blocks: u64| ByteSize(blocks * space.fragment_size());
+        let (used, free) = (bytes(space.blocks() - space.blocks_free()), bytes(space.blocks_available()));
+        Ok(Room { path: path.to_owned(), used, free, floor: self.free_min })
+    }
+
+    /// An error when writing so much would leave less than is kept free.
+    pub fn require(&self, need: ByteSize) -> Result<(), DiskError> {
+        let room = self.room()?;
+        match room.is_short_of(need) {
+            true => Err(DiskError::Full { room, need }),
+            false => Ok(()),
         }
-        let used = bytes(space.blocks() - space.blocks_free());
-        let limit = (used + free).saturating_sub(self.free_min.bytes());
-        Err(DiskError::Full { path: path.to_owned(), used: ByteSize(used), limit: ByteSize(limit), floor: self.free_min })
     }
 
     /// Makes the disk files of a sandbox, replacing what an earlier try left; an `Own` disk is left alone.
@@ -140,6 +160,12 @@ impl Disks {
         }
         Ok(image)
     }
+}
+
+/// What a copy of this file takes at most.
+pub fn bytes_of_copy(image: &Path) -> Result<ByteSize, DiskError> {
+    let found = fs::metadata(image).map_err(failed("look at", image))?;
+    Ok(ByteSize(found.blocks() * 512))
 }
 
 /// Makes `to` a copy of the image `from`: shared blocks or data extents. Replaces an existing `to` at the end.

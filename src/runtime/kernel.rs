@@ -16,6 +16,7 @@ mod open;
 mod orphans;
 mod pools;
 mod release;
+mod room;
 mod roots;
 mod start;
 mod volumes;
@@ -32,8 +33,8 @@ use super::rootfs::{DiskNext, missing_in};
 use super::uids::UidPool;
 use super::volumes::Volumes;
 use super::{
-    DumpRequest, Dumped, Exit, Finding, Restored, Runtime, RuntimeError, StartRequest, UnmountHow, Unmounted, Usage, WrittenFiles, fill,
-    precheck, restored,
+    DumpRequest, Dumped, Exhausted, Exit, Finding, Restored, Room, Runtime, RuntimeError, Scarce, StartRequest, UnmountHow, Unmounted,
+    Usage, Writing, WrittenFiles, fill, precheck, restored,
 };
 use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord, VolumeMount};
 use crate::runtime::helper::client::Helpers;
@@ -194,6 +195,15 @@ impl Runtime for Kernel {
         self.0.network.dial(&live.netns, port).await
     }
 
+    async fn require_room(&self, id: SandboxId, writing: Writing) -> Result<(), RuntimeError> {
+        self.live(id)?;
+        self.blocking(move |shared| shared.require_room(id, writing)).await
+    }
+
+    async fn room(&self) -> Option<Room> {
+        self.blocking(|shared| shared.disks.room().ok()).await
+    }
+
     async fn usage(&self, id: SandboxId) -> Result<Usage, RuntimeError> {
         self.live(id)?;
         let read = self.blocking(move |shared| -> Result<Usage, BoxError> {
@@ -271,12 +281,13 @@ impl Runtime for Kernel {
 
 fn network_error(id: SandboxId, error: NetworkError) -> RuntimeError {
     match error {
-        NetworkError::NoSlot { limit } => RuntimeError::Exhausted {
+        NetworkError::NoSlot { limit } => RuntimeError::Exhausted(Exhausted {
+            scarce: Scarce::Places,
             what: "the pool of network slots".to_owned(),
             used: limit.to_string(),
             limit: format!("{limit} (network.slots_max)"),
             remedy: "kill sandboxes or raise network.slots_max".to_owned(),
-        },
+        }),
         other => step(id, "setting up the network")(other),
     }
 }

@@ -22,9 +22,10 @@ pub mod rootfs;
 pub mod uids;
 pub mod volumes;
 
+pub use disk::Room;
 pub use restored::Restored;
 
-use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, Resources, SandboxId, SecretRecord, VolumeMount};
+use crate::model::{ByteSize, DumpKey, Keep, KernelRef, MountPath, NetworkPolicy, Resources, SandboxId, SecretRecord, VolumeMount};
 use std::path::PathBuf;
 
 /// Deleted files up to this size travel in a dump; the pre-dump check refuses larger ones by name.
@@ -213,21 +214,46 @@ pub enum Unmounted {
     Busy,
 }
 
+/// A thing that a machine has so much of and no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scarce {
+    /// The host's disk.
+    Disk,
+    /// Numbers of which each sandbox has one: id ranges, network slots.
+    Places,
+}
+
+/// The machine has no room for what was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} is used up: {used} of {limit}; {remedy}")]
+pub struct Exhausted {
+    /// What kind of thing.
+    pub scarce: Scarce,
+    /// The thing, e.g. `disk space below /var/lib/stillbox`.
+    pub what: String,
+    /// Amount in use, with its unit.
+    pub used: String,
+    /// The bound, with its unit.
+    pub limit: String,
+    /// The next step.
+    pub remedy: String,
+}
+
+/// What is about to be written of a running sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writing {
+    /// A pause: its memory, where that is kept.
+    Pause,
+    /// A source of copies: its disk, and its memory where that is kept.
+    Copy(Keep),
+}
+
 /// Why the kernel side failed. The core turns it into its own errors; the source chain has the details.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// The machine has no room; nothing was started.
-    #[error("{what} is used up: {used} of {limit}; {remedy}")]
-    Exhausted {
-        /// The thing, e.g. `disk space below /var/lib/stillbox`.
-        what: String,
-        /// Amount in use, with its unit.
-        used: String,
-        /// The bound, with its unit.
-        limit: String,
-        /// The next step.
-        remedy: String,
-    },
+    #[error(transparent)]
+    Exhausted(#[from] Exhausted),
     /// It has processes that cannot be dumped; nothing was touched.
     #[error("sandbox {id} cannot be dumped: {}", findings.iter().map(|f| format!("{} (pid {}): {}", f.command, f.pid, f.reason)).collect::<Vec<_>>().join("; "))]
     NotDumpable {
@@ -235,6 +261,14 @@ pub enum RuntimeError {
         id: SandboxId,
         /// At least one.
         findings: Vec<Finding>,
+    },
+    /// A volume cannot be mounted where it was to be; nothing was started, or changed.
+    #[error("no volume can be mounted at '{path}': {wrong}")]
+    BadMountPath {
+        /// Where.
+        path: MountPath,
+        /// What is in the way.
+        wrong: String,
     },
     /// The sandbox has no processes, or not those of its row.
     #[error("sandbox {id} has no running processes")]
@@ -301,6 +335,16 @@ pub trait Runtime: Send + Sync + std::fmt::Debug + 'static {
 
     /// Connects to a TCP port on 127.0.0.1, else ::1, inside. One attempt; refused is `ConnectionRefused`.
     async fn dial(&self, id: SandboxId, port: u16) -> std::io::Result<tokio::net::TcpStream>;
+
+    /// An error where the host's disk has no room for this. To be asked before anything is touched.
+    async fn require_room(&self, _id: SandboxId, _writing: Writing) -> Result<(), RuntimeError> {
+        Ok(())
+    }
+
+    /// How full the host's disk is; `None` where nobody knows.
+    async fn room(&self) -> Option<Room> {
+        None
+    }
 
     /// What it uses.
     async fn usage(&self, id: SandboxId) -> Result<Usage, RuntimeError>;

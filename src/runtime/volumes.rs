@@ -115,7 +115,7 @@ impl Volumes {
 
     /// Makes an empty one, mounted. What a failure leaves is swept by the next server.
     pub fn make(&self, id: VolumeId, size: ByteSize) -> Result<(), VolumeError> {
-        self.0.disks.check_free()?;
+        self.0.disks.require(ByteSize(0))?;
         let folder = self.0.layout.volume(id);
         make_private(folder.path()).map_err(failed("make", folder.path()))?;
         if self.have_limits() {

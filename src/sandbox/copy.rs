@@ -8,7 +8,7 @@ use super::driver::Driver;
 use super::dump_folder::DumpFolder;
 use super::pause::{PauseFailure, snapshot_row};
 use crate::model::{BuildRecord, ByteSize, Keep, SandboxSpec, SandboxState, SnapshotId, SnapshotRecord};
-use crate::runtime::AfterDump;
+use crate::runtime::{AfterDump, Writing};
 use crate::store::{snapshots, templates};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -91,7 +91,7 @@ impl Driver {
     }
 
     async fn dump_for_copies(&mut self, build: BuildRecord) -> Result<CopySource, PauseFailure> {
-        self.require_dumpable().await?;
+        self.require_dumpable(Writing::Copy(Keep::Memory)).await?;
         let snapshot = SnapshotId::random();
         let dumped = self.dump(snapshot, AfterDump::KeepRunning).await?;
         self.core.failpoints.pass("copy.dumped").await;
@@ -106,7 +106,7 @@ impl Driver {
 
     /// Nothing of what runs is looked at: what keeps memory from being dumped keeps no file from being copied.
     async fn copy_files(&mut self, build: BuildRecord) -> Result<CopySource, PauseFailure> {
-        self.require_room().await?;
+        self.require_room(Writing::Copy(Keep::FilesOnly)).await?;
         let id = SnapshotId::random();
         let folder = DumpFolder::of(&self.core, id);
         folder.make().await.map_err(|error| PauseFailure::Dump(Arc::new(error)))?;

@@ -16,7 +16,7 @@ use crate::model::{
     BuildRecord, BuildSource, BuildState, EndReason, LogLevel, MountPath, SandboxId, SandboxRecord, SandboxSpec, SandboxState, Secure,
     SnapshotRecord, TemplateId, VolumeName,
 };
-use crate::runtime::DiskSource;
+use crate::runtime::{DiskSource, Exhausted, RuntimeError};
 use crate::store::{Db, StoreError, idempotency, sandboxes, snapshots, templates, volumes};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
@@ -61,6 +61,17 @@ pub enum CreateError {
         /// Whose it is.
         taken_by: VolumeName,
     },
+    /// Something else than a folder is where a volume was to be mounted.
+    #[error("invalid mounts: no volume can be mounted at '{path}': {wrong}")]
+    BadMountPath {
+        /// The path.
+        path: MountPath,
+        /// What is in the way.
+        wrong: String,
+    },
+    /// The machine has no room for it.
+    #[error(transparent)]
+    Exhausted(#[from] Exhausted),
     /// The kernel side failed.
     #[error("sandbox {id} could not be started")]
     Start {
@@ -315,6 +326,8 @@ impl Driver {
         let Some(dump) = dump else { return self.start_cold(build).await };
         let prepared = Prepared::from_build_dump(&self.core, &self.record, &build, &dump);
         match (self.start_prepared(prepared).await, build.source) {
+            // A cold start would find the same in its way.
+            (refused @ Err(StartError::Runtime(RuntimeError::BadMountPath { .. } | RuntimeError::Exhausted(_))), _) => refused,
             (Err(error), BuildSource::Recipe) if !self.is_killing() => {
                 tracing::warn!(sandbox.id = %self.id, build = %build.id, error = chain(&error), "Could not restore the dump of build {}; starting cold", build.id);
                 self.destroy().await;
@@ -393,6 +406,8 @@ impl Driver {
         }
         match error {
             StartError::Killed => CreateError::Killed(id),
+            StartError::Runtime(RuntimeError::BadMountPath { path, wrong }) => CreateError::BadMountPath { path, wrong },
+            StartError::Runtime(RuntimeError::Exhausted(exhausted)) => exhausted.into(),
             StartError::Runtime(_) | StartError::Agent(_) | StartError::Commands(_) | StartError::Ended(_) | StartError::Misfit(_) => {
                 CreateError::Start { id, source: Box::new(error) }
             }

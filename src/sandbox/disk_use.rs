@@ -3,6 +3,7 @@
 use super::core::Core;
 use super::error::StoreFailure;
 use crate::model::{ByteSize, SandboxId, SnapshotId};
+use crate::runtime::Room;
 use crate::store::snapshots;
 use time::OffsetDateTime;
 
@@ -32,6 +33,8 @@ pub struct DiskUse {
     pub used: ByteSize,
     /// The bound; setting `snapshots.disk_bytes_max`.
     pub limit: ByteSize,
+    /// How full the host's disk is, where that is known.
+    pub room: Option<Room>,
 }
 
 pub(super) async fn disk_use(core: &Core) -> Result<DiskUse, StoreFailure> {
@@ -49,7 +52,7 @@ pub(super) async fn disk_use(core: &Core) -> Result<DiskUse, StoreFailure> {
         })
         .collect();
     dumps.sort_by_key(|dump| std::cmp::Reverse(dump.created_at));
-    Ok(DiskUse { dumps, used: ByteSize(used), limit: core.config.snapshots_bytes_max })
+    Ok(DiskUse { dumps, used: ByteSize(used), limit: core.config.snapshots_bytes_max, room: core.runtime.room().await })
 }
 
 /// Does now what housekeeping does every minute: forgets ended sandboxes, removes those paused for too long and the

@@ -53,6 +53,7 @@ mod volume_mounts;
 mod workshop;
 
 pub use self::core::Seams;
+pub use crate::runtime::{Exhausted, Scarce};
 pub use activity::InUse;
 pub use adjust::{Adjust, AdjustError};
 pub use bearer::{Bearer, BearerError, is_bearer};

@@ -15,7 +15,7 @@ use super::dump_folder::DumpFolder;
 use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
 use super::places::Place;
 use crate::model::{ByteSize, DumpKey, Keep, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
-use crate::runtime::{AfterDump, DumpRequest, Dumped, Finding, RuntimeError};
+use crate::runtime::{AfterDump, DumpRequest, Dumped, Exhausted, Finding, RuntimeError, Writing};
 use crate::store::{StoreError, sandboxes, snapshots};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +53,14 @@ pub enum PauseError {
         /// The bound.
         limit: ByteSize,
     },
+    /// The host's disk has no room for it; nothing was touched.
+    #[error("sandbox {id} keeps running: {exhausted}")]
+    Exhausted {
+        /// The sandbox.
+        id: SandboxId,
+        /// Of what.
+        exhausted: Exhausted,
+    },
     /// CRIU or the disk failed; the sandbox runs on.
     #[error("could not pause sandbox {id}; it keeps running")]
     Dump {
@@ -80,6 +88,7 @@ pub(super) enum PauseFailure {
     Gone,
     NotDumpable(Vec<Finding>),
     Space { used: ByteSize, limit: ByteSize },
+    Exhausted(Exhausted),
     Dump(Cause),
     Store(Cause),
 }
@@ -89,6 +98,7 @@ impl PauseFailure {
         match self {
             Self::Gone => UnknownSandbox(id).into(),
             Self::NotDumpable(findings) => PauseError::NotDumpable { id, findings: findings.clone() },
+            Self::Exhausted(exhausted) => PauseError::Exhausted { id, exhausted: exhausted.clone() },
             Self::Space { used, limit } => PauseError::SnapshotSpace { used: *used, limit: *limit },
             Self::Dump(cause) => PauseError::Dump { id, source: Box::new(Arc::clone(cause)) },
             Self::Store(cause) => StoreFailure(Box::new(Arc::clone(cause))).into(),
@@ -100,7 +110,8 @@ impl From<RuntimeError> for PauseFailure {
     fn from(error: RuntimeError) -> Self {
         match error {
             RuntimeError::NotDumpable { findings, .. } => Self::NotDumpable(findings),
-            other @ (RuntimeError::Exhausted { .. } | RuntimeError::NotRunning { .. } | RuntimeError::Step { .. }) => {
+            RuntimeError::Exhausted(exhausted) => Self::Exhausted(exhausted),
+            other @ (RuntimeError::BadMountPath { .. } | RuntimeError::NotRunning { .. } | RuntimeError::Step { .. }) => {
                 Self::Dump(Arc::new(other))
             }
         }
@@ -166,7 +177,7 @@ impl Driver {
         if self.core.config.unmount_fuse {
             self.clear_fuse().await?;
         }
-        self.require_dumpable().await?;
+        self.require_dumpable(Writing::Pause).await?;
         let snapshot = SnapshotId::random();
         let place = self.enter_pausing(Some(snapshot)).await?;
         let dumped = match self.dump(snapshot, AfterDump::Stop).await {
@@ -203,8 +214,8 @@ impl Driver {
     }
 
     /// Refuses before anything is touched: space, then what CRIU cannot write.
-    pub(super) async fn require_dumpable(&mut self) -> Result<(), PauseFailure> {
-        self.require_room().await?;
+    pub(super) async fn require_dumpable(&mut self, writing: Writing) -> Result<(), PauseFailure> {
+        self.require_room(writing).await?;
         let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
         // A dump during a lazy restore's fill would silently lack pages.
         self.serve_during(runtime.filled(id)).await?;
@@ -217,12 +228,12 @@ impl Driver {
         }
     }
 
-    pub(super) async fn require_room(&self) -> Result<(), PauseFailure> {
+    pub(super) async fn require_room(&self, writing: Writing) -> Result<(), PauseFailure> {
         let limit = self.core.config.snapshots_bytes_max;
         let used = self.core.store.read(snapshots::bytes_used).await?;
         match used >= limit {
             true => Err(PauseFailure::Space { used, limit }),
-            false => Ok(()),
+            false => Ok(self.core.runtime.require_room(self.id, writing).await?),
         }
     }
 

@@ -96,7 +96,12 @@ async fn adopted(core: &Core, record: &SandboxRecord) -> bool {
     match core.runtime.adopt(record.id, kernel, &record.spec.network).await {
         Ok(()) => true,
         Err(RuntimeError::NotRunning { .. }) => false,
-        Err(error @ (RuntimeError::Exhausted { .. } | RuntimeError::NotDumpable { .. } | RuntimeError::Step { .. })) => {
+        Err(
+            error @ (RuntimeError::Exhausted(_)
+            | RuntimeError::BadMountPath { .. }
+            | RuntimeError::NotDumpable { .. }
+            | RuntimeError::Step { .. }),
+        ) => {
             tracing::error!(sandbox.id = %record.id, error = chain(&error), "Could not take over sandbox {}", record.id);
             false
         }

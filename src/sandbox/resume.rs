@@ -12,8 +12,10 @@ use super::dump_folder::DumpFolder;
 use super::error::{Cause, StoreFailure, UnknownSandbox, chain};
 use super::places::{Full, Place};
 use super::start::{Prepared, Ready, StartError, Started, random_boot_id, random_secret};
-use crate::model::{BuildRecord, Fit, Keep, LogLevel, OnTimeout, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord};
-use crate::runtime::{DiskSource, Restored, RuntimeError};
+use crate::model::{
+    BuildRecord, Fit, Keep, LogLevel, MountPath, OnTimeout, SandboxId, SandboxRecord, SandboxState, SnapshotId, SnapshotRecord,
+};
+use crate::runtime::{DiskSource, Exhausted, Restored, RuntimeError};
 use crate::store::{StoreError, sandboxes, snapshots, templates};
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +47,24 @@ pub enum ConnectError {
         id: SandboxId,
         /// Where it stands.
         state: SandboxState,
+    },
+    /// The machine has no room for it; it is still paused.
+    #[error("sandbox {id} stays paused: {exhausted}")]
+    Exhausted {
+        /// The sandbox.
+        id: SandboxId,
+        /// Of what.
+        exhausted: Exhausted,
+    },
+    /// It starts on its files, and something else than a folder is where a volume is to be mounted.
+    #[error("sandbox {id} stays paused: no volume can be mounted at '{path}': {wrong}")]
+    BadMountPath {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where.
+        path: MountPath,
+        /// What is in the way.
+        wrong: String,
     },
     /// The restore failed; it is still paused, its snapshot intact.
     #[error("could not resume sandbox {id}; it stays paused and can be tried again")]
@@ -85,6 +105,8 @@ pub(super) struct ResumeAsk {
 pub(super) enum ResumeFailure {
     Gone,
     TooMany(Full),
+    Exhausted(Exhausted),
+    BadMountPath(MountPath, String),
     Restore(Cause),
     Store(Cause),
 }
@@ -94,6 +116,8 @@ impl ResumeFailure {
         match self {
             Self::Gone => UnknownSandbox(id).into(),
             Self::TooMany(full) => ConnectError::TooMany(*full),
+            Self::Exhausted(exhausted) => ConnectError::Exhausted { id, exhausted: exhausted.clone() },
+            Self::BadMountPath(path, wrong) => ConnectError::BadMountPath { id, path: path.clone(), wrong: wrong.clone() },
             Self::Restore(cause) => ConnectError::Restore { id, source: Box::new(Arc::clone(cause)) },
             Self::Store(cause) => StoreFailure(Box::new(Arc::clone(cause))).into(),
         }
@@ -110,6 +134,8 @@ impl From<StartError> for ResumeFailure {
     fn from(error: StartError) -> Self {
         match error {
             StartError::Killed => Self::Gone,
+            StartError::Runtime(RuntimeError::Exhausted(exhausted)) => Self::Exhausted(exhausted),
+            StartError::Runtime(RuntimeError::BadMountPath { path, wrong }) => Self::BadMountPath(path, wrong),
             other @ (StartError::Runtime(_)
             | StartError::Agent(_)
             | StartError::Commands(_)

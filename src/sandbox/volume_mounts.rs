@@ -53,6 +53,14 @@ pub enum VolumeChangeError {
     /// The volume was removed meanwhile.
     #[error("invalid mounts: volume '{0}' does not exist any more")]
     NoVolume(VolumeName),
+    /// Something else than a folder is there.
+    #[error("invalid mounts: no volume can be mounted at '{path}': {wrong}")]
+    BadPath {
+        /// The path.
+        path: MountPath,
+        /// What is in the way.
+        wrong: String,
+    },
     /// There is none at this path.
     #[error("no volume is mounted at '{0}'")]
     NotMounted(MountPath),
@@ -142,6 +150,9 @@ impl Driver {
     }
 
     fn failed(&self, error: RuntimeError) -> VolumeChangeError {
-        VolumeChangeError::Kernel { id: self.id, source: Arc::new(error) }
+        match error {
+            RuntimeError::BadMountPath { path, wrong } => VolumeChangeError::BadPath { path, wrong },
+            other => VolumeChangeError::Kernel { id: self.id, source: Arc::new(other) },
+        }
     }
 }

@@ -189,7 +189,7 @@ fn no_sandbox_is_started_below_the_free_space_floor() {
         config.disk_free_min = ByteSize(u64::MAX / 2);
         let kernel = Kernel::open(config, machine.instance).await.unwrap();
         let error = kernel.start(machine.request(SandboxId::random())).await.unwrap_err();
-        assert!(matches!(&error, RuntimeError::Exhausted { remedy, .. } if remedy.contains("runtime.disk_free_min")), "{error}");
+        assert!(matches!(&error, RuntimeError::Exhausted(out) if out.remedy.contains("runtime.disk_free_min")), "{error}");
         kernel.close().await;
     });
 }

@@ -5,7 +5,7 @@ use crate::machine::{Machine, chain, on_own_machine};
 use std::path::{Path, PathBuf};
 use stillbox::model::{ByteSize, NetworkPolicy, SandboxId, VolumeId, VolumeMount};
 use stillbox::runtime::kernel::Kernel;
-use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, StartFrom, StartRequest};
+use stillbox::runtime::{AfterDump, DiskSource, DumpRequest, Runtime, RuntimeError, StartFrom, StartRequest};
 use stillbox::sys::loop_device::holder_of;
 
 fn volume(kernel: &Kernel) -> VolumeId {
@@ -94,6 +94,22 @@ fn sandboxes_share_a_volume_and_nothing_else_of_each_other() {
         assert_eq!(machine.traces(), Vec::<String>::new());
         kernel.close().await;
         assert_eq!(loops(&machine), 0);
+    });
+}
+
+#[test]
+fn a_cold_start_is_refused_where_a_file_lies_in_the_way_of_a_volume() {
+    on_own_machine(async |machine| {
+        let kernel = machine.kernel().await;
+        let request = with(&machine, &[at(volume(&kernel), "/bin/busybox/data")]);
+        match kernel.start(request).await {
+            Err(RuntimeError::BadMountPath { path, wrong }) => {
+                assert_eq!((path.as_str(), wrong.as_str()), ("/bin/busybox/data", "'/bin/busybox' is not a folder"));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(machine.traces(), Vec::<String>::new());
+        kernel.close().await;
     });
 }
 

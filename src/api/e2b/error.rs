@@ -5,7 +5,8 @@ use super::super::layers::chain_of;
 use super::ask::no_such_sandbox;
 use crate::model::SandboxState;
 use crate::sandbox::{
-    ConnectError, CreateError, ForkError, MetricsError, NetworkError, PauseError, StoreFailure, TimeoutError, UnknownSandbox,
+    ConnectError, CreateError, Exhausted, ForkError, MetricsError, NetworkError, PauseError, Scarce, StoreFailure, TimeoutError,
+    UnknownSandbox,
 };
 use crate::template::build::{RegisterError, StartBuildError, UploadError};
 use crate::template::{RemoveError, ResolveError, TagError};
@@ -28,6 +29,15 @@ fn too_many(error: impl std::fmt::Display) -> ApiError {
     ApiError::new(StatusCode::TOO_MANY_REQUESTS, error.to_string()).with_header("should-retry", "false")
 }
 
+impl From<Exhausted> for ApiError {
+    fn from(exhausted: Exhausted) -> Self {
+        match exhausted.scarce {
+            Scarce::Disk => Self::new(StatusCode::INSUFFICIENT_STORAGE, exhausted.to_string()),
+            Scarce::Places => too_many(exhausted),
+        }
+    }
+}
+
 impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
         match error {
@@ -35,9 +45,10 @@ impl From<CreateError> for ApiError {
             CreateError::ShuttingDown => Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).with_header("retry-after", "2"),
             CreateError::Killed(_) => Self::conflict(error.to_string()),
             CreateError::IdempotencyConflict { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
-            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } => {
+            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } | CreateError::BadMountPath { .. } => {
                 Self::bad_request(error.to_string())
             }
+            CreateError::Exhausted(exhausted) => exhausted.into(),
             CreateError::Start { .. } | CreateError::Store(_) => Self::internal(error),
         }
     }
@@ -62,7 +73,9 @@ impl From<PauseError> for ApiError {
             PauseError::AlreadyPaused(_) | PauseError::InTransition { .. } | PauseError::NotDumpable { .. } => {
                 Self::conflict(error.to_string())
             }
-            PauseError::SnapshotSpace { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, error.to_string()),
+            PauseError::SnapshotSpace { .. } | PauseError::Exhausted { .. } => {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, error.to_string())
+            }
             PauseError::Dump { .. } | PauseError::Store(_) => Self::internal(error),
         }
     }
@@ -75,6 +88,8 @@ impl From<ConnectError> for ApiError {
             ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. } => Self::conflict(error.to_string()),
             ConnectError::TooLong { .. } => Self::bad_request(error.to_string()),
             ConnectError::TooMany { .. } => too_many(error),
+            ConnectError::BadMountPath { .. } => Self::conflict(error.to_string()),
+            ConnectError::Exhausted { exhausted, .. } => exhausted.into(),
             ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),
         }
     }

@@ -8,7 +8,7 @@ use super::super::auth::AuthError;
 use super::super::error::{ApiError, InternalFailure, Wording};
 use super::super::layers::RequestId;
 use crate::model::SandboxId;
-use crate::sandbox::{ConnectError, CreateError, Full, PauseError, StoreFailure, TimeoutError, UnknownSandbox};
+use crate::sandbox::{ConnectError, CreateError, Exhausted, Full, PauseError, StoreFailure, TimeoutError, UnknownSandbox};
 use crate::template::build::{RegisterError, StartBuildError, UploadError};
 use crate::template::{RemoveError, ResolveError};
 use axum::extract::Request;
@@ -148,6 +148,11 @@ fn too_many(full: Full) -> HopxError {
     HopxError::limit(full.to_string(), json!({ "limit": limit, "current": current, "available": limit.saturating_sub(current) }))
 }
 
+/// Not a 507, which these clients repeat.
+fn no_room(exhausted: &Exhausted) -> HopxError {
+    HopxError::new(StatusCode::CONFLICT, "INSUFFICIENT_STORAGE", exhausted.to_string())
+}
+
 fn shutting_down(message: String) -> HopxError {
     HopxError::new(StatusCode::SERVICE_UNAVAILABLE, "SHUTTING_DOWN", message)
 }
@@ -158,7 +163,10 @@ impl From<CreateError> for HopxError {
             CreateError::TooMany(full) => too_many(full),
             CreateError::ShuttingDown => shutting_down(error.to_string()),
             CreateError::Killed(_) | CreateError::IdempotencyConflict { .. } => Self::wrong_state(error.to_string()),
-            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } => Self::invalid(error.to_string()),
+            CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } | CreateError::BadMountPath { .. } => {
+                Self::invalid(error.to_string())
+            }
+            CreateError::Exhausted(exhausted) => no_room(&exhausted),
             CreateError::Start { .. } | CreateError::Store(_) => Self::internal(error),
         }
     }
@@ -182,7 +190,9 @@ impl From<PauseError> for HopxError {
             PauseError::AlreadyPaused(_) | PauseError::InTransition { .. } | PauseError::NotDumpable { .. } => {
                 Self::wrong_state(error.to_string())
             }
-            PauseError::SnapshotSpace { .. } => Self::new(StatusCode::CONFLICT, "INSUFFICIENT_STORAGE", error.to_string()),
+            PauseError::SnapshotSpace { .. } | PauseError::Exhausted { .. } => {
+                Self::new(StatusCode::CONFLICT, "INSUFFICIENT_STORAGE", error.to_string())
+            }
             PauseError::Dump { .. } | PauseError::Store(_) => Self::internal(error),
         }
     }
@@ -195,6 +205,8 @@ impl From<ConnectError> for HopxError {
             ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. } => Self::wrong_state(error.to_string()),
             ConnectError::TooLong { .. } => Self::invalid(error.to_string()),
             ConnectError::TooMany(full) => too_many(full),
+            ConnectError::BadMountPath { .. } => Self::wrong_state(error.to_string()),
+            ConnectError::Exhausted { exhausted, .. } => no_room(&exhausted),
             ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),
         }
     }

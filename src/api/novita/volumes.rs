@@ -109,9 +109,10 @@ impl From<VolumeChangeError> for ApiError {
     fn from(error: VolumeChangeError) -> Self {
         match error {
             VolumeChangeError::Unknown(unknown) => unknown.into(),
-            VolumeChangeError::PathTaken(_) | VolumeChangeError::NoVolume(_) | VolumeChangeError::NotMounted(_) => {
-                Self::bad_request(error.to_string())
-            }
+            VolumeChangeError::PathTaken(_)
+            | VolumeChangeError::NoVolume(_)
+            | VolumeChangeError::BadPath { .. }
+            | VolumeChangeError::NotMounted(_) => Self::bad_request(error.to_string()),
             VolumeChangeError::NotRunning { .. } | VolumeChangeError::Busy(_) => Self::conflict(error.to_string()),
             VolumeChangeError::Kernel { .. } => Self::internal(error),
             VolumeChangeError::Store(failure) => failure.into(),

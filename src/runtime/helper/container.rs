@@ -92,8 +92,8 @@ fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
     place_devices(&Path::new(STAGE).join("root"), request.root.uid_base).map_err(HelperStep::wrap("making its devices"))?;
     limit_namespace(&userns, &request.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
     Netns::of_process(pid).and_then(|netns| request.network.attach(&netns)).map_err(HelperStep::wrap("connecting its network"))?;
-    let volumes = fitted(&request.volumes, userns.as_fd()).and_then(|volumes| attach_inside(volumes, pid, request.root.uid_base));
-    volumes.map_err(HelperStep::wrap("mounting its volumes"))?;
+    let volumes = fitted(&request.volumes, userns.as_fd()).map_err(HelperStep::wrap("opening its volumes"))?;
+    attach_inside(volumes, pid, request.root.uid_base).map_err(HelperStep::wrap("mounting its volumes"))?;
     container.start().map_err(HelperStep::wrap("starting pid 1"))?;
     let start_ticks = start_ticks(pid).map_err(HelperStep::wrap("looking at pid 1"))?;
     Ok(ProcessRef { pid, start_ticks })

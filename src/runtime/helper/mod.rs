@@ -25,6 +25,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
+use volumes::{AttachError, Unmountable};
 
 /// A step of an operation that failed, as it travels to the server: what was done, and why it failed, outermost
 /// reason first.
@@ -32,24 +33,34 @@ use std::time::{Duration, Instant};
 pub(crate) struct HelperStep {
     step: String,
     reasons: Vec<String>,
+    /// Told apart from everything else: whoever asked for it can do something about it.
+    unmountable: Option<Unmountable>,
 }
 
 impl HelperStep {
     fn new(step: &str, reason: impl Into<String>) -> Self {
-        Self { step: step.to_owned(), reasons: vec![reason.into()] }
+        Self { step: step.to_owned(), reasons: vec![reason.into()], unmountable: None }
     }
 
     /// Names the step that an error happened in.
-    fn wrap<E: Error>(step: &'static str) -> impl FnOnce(E) -> Self {
+    fn wrap<E: Error + 'static>(step: &'static str) -> impl FnOnce(E) -> Self {
         move |error| {
-            let mut reasons = vec![error.to_string()];
-            let mut cause = error.source();
+            let (mut reasons, mut unmountable) = (Vec::new(), None);
+            let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
             while let Some(error) = cause {
                 reasons.push(error.to_string());
+                if let Some(AttachError::Unmountable(found)) = error.downcast_ref() {
+                    unmountable = Some(found.clone());
+                }
                 cause = error.source();
             }
-            Self { step: step.to_owned(), reasons }
+            Self { step: step.to_owned(), reasons, unmountable }
         }
+    }
+
+    /// The path that a volume could not be mounted at, if that is why it failed.
+    pub(in crate::runtime) fn unmountable(&self) -> Option<&Unmountable> {
+        self.unmountable.as_ref()
     }
 }
 

@@ -6,6 +6,7 @@
 //! dump         named to CRIU as not its own, so that it leaves their content where it is
 //! ```
 //! What is mounted in a running sandbox later needs no helper: [`super::super::kernel`] uses [`attach_inside`] as well.
+//! Where a volume goes, links inside may have a say, as they have for programs inside: what they lead to is looked at again.
 
 use super::super::rootfs::STAGE;
 use super::super::uids::IDS_PER_SANDBOX;
@@ -17,6 +18,8 @@ use crate::sys::mount::{attach, attach_over, clone_mount, confine, open_in_root}
 use crate::sys::mount_elsewhere::in_mount_namespace_of;
 use crate::sys::mountinfo;
 use crate::sys::userns::{FilesystemIdentity, new_user_namespace};
+use nix::errno::Errno;
+use nix::fcntl::readlinkat;
 use nix::sys::stat::{Mode, mkdirat};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -32,6 +35,27 @@ pub(in crate::runtime) struct FittedMount {
     target: MountPath,
 }
 
+/// A path that no volume can be mounted at, in this sandbox: something else than a folder is in the way.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
+#[error("no volume can be mounted at '{path}': {wrong}")]
+pub(in crate::runtime) struct Unmountable {
+    /// Where it was to be mounted.
+    pub(in crate::runtime) path: MountPath,
+    /// What is in the way.
+    pub(in crate::runtime) wrong: String,
+}
+
+/// Why a volume is not where it was to be.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::runtime) enum AttachError {
+    /// The path is to blame.
+    #[error(transparent)]
+    Unmountable(#[from] Unmountable),
+    /// This machine is.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
 /// Mounts of volumes with the ids of one sandbox.
 pub(in crate::runtime) fn fitted(binds: &[VolumeBind], userns: BorrowedFd<'_>) -> io::Result<Vec<FittedMount>> {
     binds.iter().map(|bind| fit(bind, userns)).collect()
@@ -45,34 +69,67 @@ fn fit(bind: &VolumeBind, userns: BorrowedFd<'_>) -> io::Result<FittedMount> {
 
 /// Attaches the mounts in the mount namespace of a sandbox's `init`. Folders that are missing on the way are made, and
 /// belong to root inside; what is there already is followed as a program inside would follow it.
-pub(in crate::runtime) fn attach_inside(mut mounts: Vec<FittedMount>, init: i32, uid_base: u32) -> io::Result<()> {
+pub(in crate::runtime) fn attach_inside(mut mounts: Vec<FittedMount>, init: i32, uid_base: u32) -> Result<(), AttachError> {
     if mounts.is_empty() {
         return Ok(());
     }
     // One may lie in another.
     mounts.sort_by(|one, other| one.target.cmp(&other.target));
+    // The sandbox's own /proc does not show this process.
+    let descriptors = File::open("/proc/self/fd")?;
     in_mount_namespace_of(init, move || {
         let _identity = FilesystemIdentity::assume(uid_base)?;
         let root = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open("/")?;
-        mounts.iter().try_for_each(|mount| attach_over(mount.mount.as_fd(), folder_at(&root, &mount.target)?.as_fd()))
-    })
+        let attach = |mount: &FittedMount| {
+            let folder = folder_at(&root, &mount.target)?;
+            require_fit(&descriptors, &folder, &mount.target)?;
+            Ok(attach_over(mount.mount.as_fd(), folder.as_fd())?)
+        };
+        Ok(mounts.iter().try_for_each(attach))
+    })?
 }
 
-fn folder_at(root: &File, target: &MountPath) -> io::Result<OwnedFd> {
+fn folder_at(root: &File, target: &MountPath) -> Result<OwnedFd, AttachError> {
     let open = |path: &Path| open_in_root(root.as_fd(), path, libc::O_PATH | libc::O_DIRECTORY, 0);
     let mut path = PathBuf::from("/");
     let mut folder = open(&path)?;
     for part in target.as_str().split('/').skip(1) {
         path.push(part);
-        folder = match open(&path) {
+        let opened = match open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                mkdirat(Some(folder.as_raw_fd()), part, Mode::from_bits_truncate(0o755))?;
-                open(&path)?
+                let made = mkdirat(Some(folder.as_raw_fd()), part, Mode::from_bits_truncate(0o755));
+                made.map_err(io::Error::from).and_then(|()| open(&path))
             }
-            opened => opened?,
+            opened => opened,
         };
+        folder = opened.map_err(|error| in_the_way(target, &path, error))?;
     }
     Ok(folder)
+}
+
+/// What an error says about the part of a mount path that could be neither opened nor made.
+fn in_the_way(target: &MountPath, part: &Path, error: io::Error) -> AttachError {
+    let part = part.display();
+    let wrong = match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOTDIR) => format!("'{part}' is not a folder"),
+        // Nothing to open, and nothing that can be made.
+        Some(Errno::EEXIST) => format!("'{part}' is a symbolic link that leads nowhere"),
+        Some(Errno::ELOOP) => format!("'{part}' is a symbolic link that leads in a circle"),
+        Some(Errno::ENAMETOOLONG) => "a part of it is longer than 255 bytes".to_owned(),
+        Some(Errno::ENOENT | Errno::EACCES | Errno::EPERM | Errno::EROFS | Errno::ENOSPC) => {
+            format!("the folder '{part}' cannot be made: {error}")
+        }
+        Some(_) | None => return error.into(),
+    };
+    Unmountable { path: target.clone(), wrong }.into()
+}
+
+/// Links may lead to where no volume may be.
+fn require_fit(descriptors: &File, folder: &OwnedFd, target: &MountPath) -> Result<(), AttachError> {
+    let place = readlinkat(Some(descriptors.as_raw_fd()), folder.as_raw_fd().to_string().as_str()).map_err(io::Error::from)?;
+    let fit = place.to_string_lossy().parse::<MountPath>();
+    let unfit = |error| Unmountable { path: target.clone(), wrong: format!("a symbolic link leads elsewhere, and {error}") };
+    Ok(fit.map(drop).map_err(unfit)?)
 }
 
 /// Volumes for a restore, each at a place of its own where only this process and CRIU see it.
@@ -115,7 +172,7 @@ impl<'a> Staged<'a> {
     }
 
     /// Attaches what the dump did not bring.
-    pub(super) fn attach_missing(&self, init: i32, uid_base: u32) -> io::Result<()> {
+    pub(super) fn attach_missing(&self, init: i32, uid_base: u32) -> Result<(), AttachError> {
         if self.binds.is_empty() {
             return Ok(());
         }

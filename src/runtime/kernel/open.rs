@@ -1,7 +1,7 @@
 //! What a server does once: folders, the shared mount, programs, pools.
 
 use super::roots::Roots;
-use super::{Kernel, Shared, orphans, pools};
+use super::{Kernel, Shared, orphans, pools, room};
 use crate::model::{DumpKey, InstanceId};
 use crate::runtime::agent::{self, AgentLayerError};
 use crate::runtime::cgroup::{CgroupError, Cgroups};
@@ -64,6 +64,7 @@ impl Kernel {
                 "Root file systems that an earlier server made ahead cannot be removed"
             );
         }
+        tokio::spawn(room::watch_forever(Arc::downgrade(&kernel.0)));
         kernel.keep_roots();
         kernel.0.helpers.start();
         Ok(kernel)

@@ -13,7 +13,7 @@
 mod shelf;
 
 use super::{BoxError, Kernel, Shared};
-use crate::model::SandboxId;
+use crate::model::{ByteSize, SandboxId};
 use crate::runtime::disk::{DiskKind, make_private};
 use crate::runtime::helper::prepare::{NewRoot, Prepare};
 use crate::runtime::helper::wait_until_idle;
@@ -180,6 +180,12 @@ impl Kernel {
 
     async fn make_roots(&self, recipe: Recipe, count: u32) {
         let begun = std::time::Instant::now();
+        if let Err(error) = self.blocking(|shared| shared.disks.require(ByteSize(0))).await {
+            // The log has it already, and nothing is started meanwhile that would want them.
+            tracing::debug!(%error, "No root file systems are made ahead of time");
+            self.0.roots.shelf().put(&recipe, count, Vec::new());
+            return self.0.roots.pause(REFILL_PAUSE).await;
+        }
         let made = self.try_make_roots(&recipe, count).await;
         let roots = match made {
             Ok(roots) => roots,
@@ -201,7 +207,6 @@ impl Kernel {
     /// One helper makes them all. Of a batch that fails, nothing stays.
     async fn try_make_roots(&self, recipe: &Recipe, count: u32) -> Result<Vec<Root>, BoxError> {
         let layout = &self.0.layout;
-        self.blocking(Shared::check_room).await?;
         let mut roots = Vec::new();
         for _ in 0..count {
             let Ok(uids) = self.0.uids.lease() else { break };

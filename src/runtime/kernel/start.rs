@@ -1,6 +1,8 @@
 //! Giving a sandbox processes, and stopping time for them.
 
 use super::live::Live;
+use super::room::no_room;
+use super::volumes::start_error;
 use super::{Kernel, Shared, network_error, step};
 use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::devices;
@@ -13,7 +15,9 @@ use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
 use crate::runtime::volumes::VolumeBind;
-use crate::runtime::{AfterDump, DiskSource, DumpRequest, Dumped, Restored, Runtime, RuntimeError, StartFrom, StartRequest, criu_binary};
+use crate::runtime::{
+    AfterDump, DiskSource, DumpRequest, Dumped, Exhausted, Restored, Runtime, RuntimeError, Scarce, StartFrom, StartRequest, criu_binary,
+};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
@@ -41,7 +45,8 @@ impl Kernel {
             DiskSource::Own => DiskNext::Kept,
             DiskSource::Fresh | DiskSource::CopyOf(_) | DiskSource::PooledCopyOf(_) => DiskNext::Removed,
         };
-        self.blocking(Shared::check_room).await.map_err(|error| disk_error(id, error))?;
+        let disk = request.disk.clone();
+        self.blocking(move |shared| shared.require_room_for(&disk)).await.map_err(|error| disk_error(id, error))?;
         if self.0.layout.sandbox(id).path().exists() {
             match after_failure {
                 DiskNext::Kept => self.settle(id).await?,
@@ -85,11 +90,14 @@ impl Kernel {
     }
 
     fn lease_ids(&self) -> Result<UidLease, RuntimeError> {
-        self.0.uids.lease().map_err(|error| RuntimeError::Exhausted {
-            what: "the pool of host id ranges".to_owned(),
-            used: error.0.to_string(),
-            limit: format!("{} (runtime.uid_count)", error.0),
-            remedy: "kill sandboxes or raise runtime.uid_count".to_owned(),
+        self.0.uids.lease().map_err(|error| {
+            RuntimeError::Exhausted(Exhausted {
+                scarce: Scarce::Places,
+                what: "the pool of host id ranges".to_owned(),
+                used: error.0.to_string(),
+                limit: format!("{} (runtime.uid_count)", error.0),
+                remedy: "kill sandboxes or raise runtime.uid_count".to_owned(),
+            })
         })
     }
 
@@ -175,7 +183,7 @@ impl Kernel {
                     volumes,
                     limits,
                 };
-                shared.helpers.call(&start).await.map_err(step(id, "starting pid 1"))
+                shared.helpers.call(&start).await.map_err(start_error(id, "starting pid 1"))
             }
             StartFrom::Dump { images, criu, .. } => {
                 let restore = Restore {
@@ -196,7 +204,7 @@ impl Kernel {
                     limits,
                     deadline: shared.config.helper_time_max,
                 };
-                let restored = self.0.helpers.restore(&restore).await.map_err(step(id, "restoring its processes"));
+                let restored = self.0.helpers.restore(&restore).await.map_err(start_error(id, "restoring its processes"));
                 restored.map(|kernel| kernel.init)
             }
         }
@@ -273,10 +281,6 @@ impl Kernel {
 }
 
 impl Shared {
-    pub(super) fn check_room(&self) -> Result<(), DiskError> {
-        self.disks.check_free()
-    }
-
     fn prepare_disk(&self, id: SandboxId, source: &DiskSource, size: crate::model::ByteSize) -> Result<(), DiskError> {
         let folder = self.layout.sandbox(id);
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.work());
@@ -287,12 +291,7 @@ impl Shared {
 
 fn disk_error(id: SandboxId, error: DiskError) -> RuntimeError {
     match error {
-        DiskError::Full { path, used, limit, floor } => RuntimeError::Exhausted {
-            what: format!("disk space below {}", path.display()),
-            used: used.to_string(),
-            limit: limit.to_string(),
-            remedy: format!("remove sandboxes, snapshots or other files, or lower runtime.disk_free_min ({floor} are kept free)"),
-        },
+        DiskError::Full { room, need } => no_room(&room, need).into(),
         other => step(id, "making the disk")(other),
     }
 }

@@ -2,8 +2,9 @@
 
 use super::{BoxError, Kernel, Shared, step};
 use crate::model::{SandboxId, VolumeMount};
+use crate::runtime::helper::client::HelperError;
 use crate::runtime::helper::container::userns_of;
-use crate::runtime::helper::volumes::{attach_inside, fitted};
+use crate::runtime::helper::volumes::{AttachError, Unmountable, attach_inside, fitted};
 use crate::runtime::volumes::seen;
 use crate::runtime::{RuntimeError, UnmountHow, Unmounted};
 use crate::sys::mount_elsewhere::in_mount_namespace_of;
@@ -17,18 +18,39 @@ impl Kernel {
     pub(super) async fn mount_in_running(&self, id: SandboxId, mount: VolumeMount) -> Result<(), RuntimeError> {
         let live = self.live(id)?;
         let (init, uid_base) = (live.kernel.init.pid, live.kernel.uid_base);
-        let mounted = self.blocking(move |shared| -> Result<(), BoxError> {
+        let fitted = self.blocking(move |shared| -> Result<_, BoxError> {
             let binds = shared.volumes.binds(&[mount])?;
-            let userns = userns_of(init)?;
-            Ok(attach_inside(fitted(&binds, userns.as_fd())?, init, uid_base)?)
+            Ok(fitted(&binds, userns_of(init)?.as_fd())?)
         });
-        mounted.await.map_err(step(id, "mounting a volume"))
+        let mounts = fitted.await.map_err(step(id, "opening a volume"))?;
+        let attached = self.blocking(move |_| attach_inside(mounts, init, uid_base)).await;
+        attached.map_err(|error| match error {
+            AttachError::Unmountable(unmountable) => unmountable.into(),
+            AttachError::Io(error) => step(id, "mounting a volume")(error),
+        })
     }
 
     pub(super) async fn unmount_in_running(&self, id: SandboxId, mount: VolumeMount, how: UnmountHow) -> Result<Unmounted, RuntimeError> {
         let init = self.live(id)?.kernel.init.pid;
         let unmounted = self.blocking(move |shared| shared.unmount_inside(init, &mount, how)).await;
         unmounted.map_err(step(id, "unmounting a volume"))
+    }
+}
+
+impl From<Unmountable> for RuntimeError {
+    fn from(Unmountable { path, wrong }: Unmountable) -> Self {
+        Self::BadMountPath { path, wrong }
+    }
+}
+
+/// What a start failed with: a mount path that cannot be, or a step.
+pub(super) fn start_error(id: SandboxId, doing: &'static str) -> impl FnOnce(HelperError) -> RuntimeError {
+    move |error| match &error {
+        HelperError::Step(failed) => match failed.unmountable() {
+            Some(unmountable) => unmountable.clone().into(),
+            None => step(id, doing)(error),
+        },
+        HelperError::Run { .. } | HelperError::TimedOut { .. } | HelperError::NoAnswer { .. } => step(id, doing)(error),
     }
 }
 

@@ -47,6 +47,36 @@ def test_the_quota_is_shown_and_grows(volume):
         sandbox.kill()
 
 
+def test_links_inside_lead_a_volume_to_folders_where_it_may_be_and_nowhere_else(volume):
+    sandbox = Sandbox.create(timeout=60)
+    try:
+        sandbox.commands.run("sudo mkdir /srv/real && cd /srv && sudo ln -s real good && sudo ln -s nothing lost && sudo ln -s circle circle"
+                             " && sudo ln -s /proc kernel && sudo ln -s /run up && sudo ln -s / root && sudo ln -s /etc/passwd file")
+        for path, why in [
+            ("/srv/lost", "'/srv/lost' is a symbolic link that leads nowhere"),
+            ("/srv/circle", "'/srv/circle' is a symbolic link that leads in a circle"),
+            ("/srv/file", "'/srv/file' is not a folder"),
+            ("/srv/file/x", "'/srv/file' is not a folder"),
+            ("/srv/kernel", "a symbolic link leads elsewhere, and the mount path '/proc' would cover /proc"),
+            ("/srv/kernel/sys", "the mount path '/proc/sys' would cover /proc"),
+            ("/srv/kernel/x", "the folder '/srv/kernel/x' cannot be made"),
+            ("/srv/up", "the mount path '/run' would cover /run/stillbox"),
+            ("/srv/root", "the root of everything"),
+            ("/srv/root/dev/shm", "the mount path '/dev/shm' would cover /dev"),
+        ]:
+            with pytest.raises(Exception, match=f"no volume can be mounted at '{path}': .*{why}"):
+                sandbox.mount_volume(volume.name, path)
+        assert sandbox.get_info().volume_mounts in ([], None)
+        sandbox.mount_volume(volume.name, "/srv/good")
+        assert sandbox.commands.run("touch /srv/real/file; findmnt -no TARGET -T /srv/good").stdout == "/srv/real\n"
+        sandbox.unmount_volume("/srv/good")
+        assert sandbox.commands.run("ls /srv/real").stdout == ""
+    finally:
+        sandbox.kill()
+    with pytest.raises(Exception, match="no volume can be mounted at '/etc/passwd': '/etc/passwd' is not a folder"):
+        Sandbox.create(timeout=60, volume_mounts={"/etc/passwd": volume})
+
+
 def test_a_volume_comes_to_a_running_sandbox_and_leaves_it(volume):
     sandbox = Sandbox.create(timeout=60)
     try:

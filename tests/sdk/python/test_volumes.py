@@ -124,16 +124,23 @@ def test_volumes_are_listed_found_and_removed(server):
         Volume.get_info(made.volume_id)
 
 
-def test_mounts_that_make_no_sense_are_refused(volume):
+def test_mounts_that_make_no_sense_are_refused(server, volume):
+    before = set(server.leftovers())
     for mounts, why in [
         ({"/mnt/a": "no-such-volume"}, "invalid mounts"),
         ({"relative": volume}, "not absolute"),
         ({"/a/../b": volume}, "not clean"),
         ({"/proc/x": volume}, "would cover /proc"),
-        ({"/etc/passwd": volume}, "not a folder|internal error"),
+        ({"/etc/passwd": volume}, "400: .*'/etc/passwd': '/etc/passwd' is not a folder"),
+        ({"/etc/passwd/x": volume}, "400: .*'/etc/passwd/x': '/etc/passwd' is not a folder"),
+        ({"/bin/sh": volume}, "400: .*'/bin/sh' is not a folder"),
+        ({"/etc/alternatives/awk/x": volume}, "400: .*'/etc/alternatives/awk' is not a folder"),
+        ({"/" + "x" * 256: volume}, "400: .*longer than 255 bytes"),
     ]:
         with pytest.raises(Exception, match=why):
             Sandbox.create(timeout=60, volume_mounts=mounts)
+    # The volume is free to be destroyed when the test ends, and nothing else is left of them.
+    assert set(server.leftovers()) <= before
 
 
 def test_files_are_written_read_listed_and_changed_without_a_sandbox(volume):
