@@ -213,6 +213,10 @@ pub struct DumpKey {
     pub agent: String,
     /// The address that every sandbox has inside.
     pub inner_address: String,
+    /// SHA-256 (hex) of what a cold start gives a sandbox to live within and a restore brings back as it was: system call
+    /// filter, capabilities, mounts, devices, limits. Empty in rows of before it was kept.
+    #[serde(default)]
+    pub confinement: String,
 }
 
 /// Whether a dump can be restored on this machine now.
@@ -233,8 +237,8 @@ pub enum Fit {
 }
 
 impl DumpKey {
-    /// Whether a dump made under `self` can be restored under `now`. CRIU and agent are kept by hash, so that another
-    /// one today is a reason to make a template's dump again, not a reason to refuse a restore.
+    /// Whether a dump made under `self` can be restored under `now`. CRIU and agent are kept by hash, and a confinement lies
+    /// in the images, so that another one today is a reason to make a template's dump again, not a reason to refuse a restore.
     pub fn fit(&self, now: &Self) -> Fit {
         let present: std::collections::BTreeSet<&str> = now.cpu_flags.split(' ').collect();
         let missing: Vec<&str> = self.cpu_flags.split(' ').filter(|flag| !flag.is_empty() && !present.contains(flag)).collect();
@@ -245,7 +249,13 @@ impl DumpKey {
             let reason = format!("it was made at the inner address {}, sandboxes now have {}", self.inner_address, now.inner_address);
             return Fit::Impossible { reason };
         }
-        let changed = [("kernel", &self.kernel, &now.kernel), ("CRIU", &self.criu, &now.criu), ("agent", &self.agent, &now.agent)]
+        let parts = [
+            ("kernel", &self.kernel, &now.kernel),
+            ("CRIU", &self.criu, &now.criu),
+            ("agent", &self.agent, &now.agent),
+            ("confinement", &self.confinement, &now.confinement),
+        ];
+        let changed = parts
             .into_iter()
             .filter(|(_, then, now)| then != now)
             .map(|(what, then, now)| format!("{what} {then}, now {now}"))
@@ -409,6 +419,7 @@ mod tests {
             criu: "c1".into(),
             agent: "a1".into(),
             inner_address: "10.0.0.2".into(),
+            confinement: "s1".into(),
         }
     }
 
@@ -424,6 +435,16 @@ mod tests {
         assert_eq!(reason, "this CPU lacks avx");
         let other = DumpKey { inner_address: "10.0.0.3".into(), ..key() };
         assert!(matches!(key().fit(&other), Fit::Impossible { .. }));
+    }
+
+    #[test]
+    fn another_confinement_is_a_change_and_so_is_one_that_an_older_row_does_not_tell() {
+        let Fit::Likely { change } = key().fit(&DumpKey { confinement: "s2".into(), ..key() }) else { panic!("the filter changed") };
+        assert_eq!(change, "confinement s1, now s2");
+        let mut old = serde_json::to_value(key()).unwrap();
+        old.as_object_mut().unwrap().remove("confinement");
+        let old: DumpKey = serde_json::from_value(old).unwrap();
+        assert!(matches!(old.fit(&key()), Fit::Likely { .. }));
     }
 
     #[test]

@@ -96,6 +96,7 @@ fn refuse(error: RouteError) -> Refusal {
         RouteError::Wake(
             failed @ (ConnectError::TooLong { .. }
             | ConnectError::BadMountPath { .. }
+            | ConnectError::VolumeFile { .. }
             | ConnectError::Restore { .. }
             | ConnectError::Store(_)),
         ) => {

@@ -270,6 +270,14 @@ pub enum RuntimeError {
         /// What is in the way.
         wrong: String,
     },
+    /// Its processes had a file open on a volume that others have removed or replaced since; nothing was started.
+    #[error("'{path}' was open on a volume, and cannot be opened any more: {why}")]
+    VolumeFile {
+        /// Where it was, inside.
+        path: String,
+        /// The kernel's reason.
+        why: String,
+    },
     /// The sandbox has no processes, or not those of its row.
     #[error("sandbox {id} has no running processes")]
     NotRunning {

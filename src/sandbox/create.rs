@@ -69,6 +69,14 @@ pub enum CreateError {
         /// What is in the way.
         wrong: String,
     },
+    /// The memory that it is made from has a file open on a volume that is not there as it was.
+    #[error("'{path}' is open on a volume in the memory that the sandbox is made from, and cannot be opened any more: {why}; put it back")]
+    VolumeFile {
+        /// Where the file was, inside.
+        path: String,
+        /// The kernel's reason.
+        why: String,
+    },
     /// The machine has no room for it.
     #[error(transparent)]
     Exhausted(#[from] Exhausted),
@@ -407,6 +415,7 @@ impl Driver {
         match error {
             StartError::Killed => CreateError::Killed(id),
             StartError::Runtime(RuntimeError::BadMountPath { path, wrong }) => CreateError::BadMountPath { path, wrong },
+            StartError::Runtime(RuntimeError::VolumeFile { path, why }) => CreateError::VolumeFile { path, why },
             StartError::Runtime(RuntimeError::Exhausted(exhausted)) => exhausted.into(),
             StartError::Runtime(_) | StartError::Agent(_) | StartError::Commands(_) | StartError::Ended(_) | StartError::Misfit(_) => {
                 CreateError::Start { id, source: Box::new(error) }

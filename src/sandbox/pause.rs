@@ -111,9 +111,10 @@ impl From<RuntimeError> for PauseFailure {
         match error {
             RuntimeError::NotDumpable { findings, .. } => Self::NotDumpable(findings),
             RuntimeError::Exhausted(exhausted) => Self::Exhausted(exhausted),
-            other @ (RuntimeError::BadMountPath { .. } | RuntimeError::NotRunning { .. } | RuntimeError::Step { .. }) => {
-                Self::Dump(Arc::new(other))
-            }
+            other @ (RuntimeError::BadMountPath { .. }
+            | RuntimeError::VolumeFile { .. }
+            | RuntimeError::NotRunning { .. }
+            | RuntimeError::Step { .. }) => Self::Dump(Arc::new(other)),
         }
     }
 }

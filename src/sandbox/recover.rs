@@ -99,6 +99,7 @@ async fn adopted(core: &Core, record: &SandboxRecord) -> bool {
         Err(
             error @ (RuntimeError::Exhausted(_)
             | RuntimeError::BadMountPath { .. }
+            | RuntimeError::VolumeFile { .. }
             | RuntimeError::NotDumpable { .. }
             | RuntimeError::Step { .. }),
         ) => {

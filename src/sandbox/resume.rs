@@ -66,6 +66,19 @@ pub enum ConnectError {
         /// What is in the way.
         wrong: String,
     },
+    /// Its processes had a file open on a volume that is not there as it was; it is still paused, its snapshot intact.
+    #[error(
+        "sandbox {id} stays paused: '{path}' was open on a volume, and cannot be opened any more: {why}; put it back, or start \
+         the sandbox on its files alone (memory: false)"
+    )]
+    VolumeFile {
+        /// The sandbox.
+        id: SandboxId,
+        /// Where the file was, inside.
+        path: String,
+        /// The kernel's reason.
+        why: String,
+    },
     /// The restore failed; it is still paused, its snapshot intact.
     #[error("could not resume sandbox {id}; it stays paused and can be tried again")]
     Restore {
@@ -107,6 +120,7 @@ pub(super) enum ResumeFailure {
     TooMany(Full),
     Exhausted(Exhausted),
     BadMountPath(MountPath, String),
+    VolumeFile { path: String, why: String },
     Restore(Cause),
     Store(Cause),
 }
@@ -118,6 +132,7 @@ impl ResumeFailure {
             Self::TooMany(full) => ConnectError::TooMany(*full),
             Self::Exhausted(exhausted) => ConnectError::Exhausted { id, exhausted: exhausted.clone() },
             Self::BadMountPath(path, wrong) => ConnectError::BadMountPath { id, path: path.clone(), wrong: wrong.clone() },
+            Self::VolumeFile { path, why } => ConnectError::VolumeFile { id, path: path.clone(), why: why.clone() },
             Self::Restore(cause) => ConnectError::Restore { id, source: Box::new(Arc::clone(cause)) },
             Self::Store(cause) => StoreFailure(Box::new(Arc::clone(cause))).into(),
         }
@@ -136,6 +151,7 @@ impl From<StartError> for ResumeFailure {
             StartError::Killed => Self::Gone,
             StartError::Runtime(RuntimeError::Exhausted(exhausted)) => Self::Exhausted(exhausted),
             StartError::Runtime(RuntimeError::BadMountPath { path, wrong }) => Self::BadMountPath(path, wrong),
+            StartError::Runtime(RuntimeError::VolumeFile { path, why }) => Self::VolumeFile { path, why },
             other @ (StartError::Runtime(_)
             | StartError::Agent(_)
             | StartError::Commands(_)
@@ -219,7 +235,11 @@ impl Driver {
         let dump = self.core.store.read(move |db| snapshots::by_id(db, id)).await?;
         let dump = dump.ok_or_else(|| ResumeFailure::Restore(Arc::new(DumpGone(id))))?;
         match dump.key.fit(&self.core.runtime.dump_key()) {
-            Fit::Same | Fit::Likely { .. } => Ok(Some(dump)),
+            Fit::Same => Ok(Some(dump)),
+            Fit::Likely { change } => {
+                tracing::info!(sandbox.id = %self.id, change, "Sandbox {} was paused under another kernel or stillbox; what it runs and lives within stays as it was", self.id);
+                Ok(Some(dump))
+            }
             Fit::Impossible { reason } => Err(StartError::Misfit(reason).into()),
         }
     }

@@ -43,7 +43,7 @@ impl From<CreateError> for ApiError {
         match error {
             CreateError::TooMany { .. } => too_many(error),
             CreateError::ShuttingDown => Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).with_header("retry-after", "2"),
-            CreateError::Killed(_) => Self::conflict(error.to_string()),
+            CreateError::Killed(_) | CreateError::VolumeFile { .. } => Self::conflict(error.to_string()),
             CreateError::IdempotencyConflict { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.to_string()),
             CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } | CreateError::BadMountPath { .. } => {
                 Self::bad_request(error.to_string())
@@ -88,7 +88,7 @@ impl From<ConnectError> for ApiError {
             ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. } => Self::conflict(error.to_string()),
             ConnectError::TooLong { .. } => Self::bad_request(error.to_string()),
             ConnectError::TooMany { .. } => too_many(error),
-            ConnectError::BadMountPath { .. } => Self::conflict(error.to_string()),
+            ConnectError::BadMountPath { .. } | ConnectError::VolumeFile { .. } => Self::conflict(error.to_string()),
             ConnectError::Exhausted { exhausted, .. } => exhausted.into(),
             ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),
         }

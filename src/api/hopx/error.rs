@@ -162,7 +162,9 @@ impl From<CreateError> for HopxError {
         match error {
             CreateError::TooMany(full) => too_many(full),
             CreateError::ShuttingDown => shutting_down(error.to_string()),
-            CreateError::Killed(_) | CreateError::IdempotencyConflict { .. } => Self::wrong_state(error.to_string()),
+            CreateError::Killed(_) | CreateError::VolumeFile { .. } | CreateError::IdempotencyConflict { .. } => {
+                Self::wrong_state(error.to_string())
+            }
             CreateError::NotReady { .. } | CreateError::NoVolume(_) | CreateError::MountTaken { .. } | CreateError::BadMountPath { .. } => {
                 Self::invalid(error.to_string())
             }
@@ -205,7 +207,7 @@ impl From<ConnectError> for HopxError {
             ConnectError::AlreadyRunning(_) | ConnectError::InTransition { .. } => Self::wrong_state(error.to_string()),
             ConnectError::TooLong { .. } => Self::invalid(error.to_string()),
             ConnectError::TooMany(full) => too_many(full),
-            ConnectError::BadMountPath { .. } => Self::wrong_state(error.to_string()),
+            ConnectError::BadMountPath { .. } | ConnectError::VolumeFile { .. } => Self::wrong_state(error.to_string()),
             ConnectError::Exhausted { exhausted, .. } => no_room(&exhausted),
             ConnectError::Restore { .. } | ConnectError::Store(_) => Self::internal(error),
         }

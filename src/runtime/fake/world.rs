@@ -400,6 +400,7 @@ impl Runtime for Fake {
             criu: "fake-criu".into(),
             agent: "fake-agent".into(),
             inner_address: "10.0.0.2".into(),
+            confinement: "fake".into(),
         })
     }
 

@@ -4,7 +4,10 @@
 
 use super::super::agent::{AGENT_PATH, BOOT_ID_PATH};
 use super::super::config::SandboxMounts;
+use super::super::devices::DEVICE_NODES;
+use super::container::OPEN_FILES_MAX;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::path::Path;
 
 /// System calls that cannot be dumped or that nobody needs: config/seccomp.json, an OCI profile.
@@ -84,6 +87,15 @@ pub(super) fn describe(places: &Places<'_>) -> Result<Value, serde_json::Error> 
     }))
 }
 
+/// What a sandbox lives within, as one value: all that a cold start says of it and no restore changes. A dump of before it
+/// changed would bring the old one back.
+pub(in crate::runtime) fn fingerprint(mounts: SandboxMounts, ptys_max: u32) -> Result<String, serde_json::Error> {
+    let anywhere = Path::new("/");
+    let described = describe(&Places { root: anywhere, cgroup: anywhere, userns: anywhere, mounts, ptys_max })?;
+    let baked = format!("{described} {DEVICE_NODES:?} {OPEN_FILES_MAX}");
+    Ok(hex::encode(Sha256::digest(baked)))
+}
+
 /// No tmpfs: each costs a tar|gzip chain at every dump. No cgroup mount: it dumps and then fails to restore.
 fn mounts(places: &Places<'_>) -> Value {
     let terminals = format!("max={}", places.ptys_max);
@@ -95,4 +107,17 @@ fn mounts(places: &Places<'_>) -> Value {
         { "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "nodev", "noexec", "ro"] },
         { "destination": "/proc/sys/kernel/random/boot_id", "type": "bind", "source": boot_id, "options": ["bind", "ro"] }
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_is_of_what_is_described_and_of_nothing_else() {
+        let usual = fingerprint(SandboxMounts::User, 64).unwrap();
+        assert_eq!(usual, fingerprint(SandboxMounts::User, 64).unwrap());
+        assert_ne!(usual, fingerprint(SandboxMounts::None, 64).unwrap());
+        assert_ne!(usual, fingerprint(SandboxMounts::User, 65).unwrap());
+    }
 }

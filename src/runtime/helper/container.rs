@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
 /// Where libcontainer looks for cgroups.
 const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
 /// Open files per process inside, where the host allows it.
-const OPEN_FILES_MAX: u64 = 1 << 20;
+pub(super) const OPEN_FILES_MAX: u64 = 1 << 20;
 /// When the host runs out of memory, sandboxes go before the host's own programs.
 const OOM_SCORE: &str = "300";
 

@@ -130,6 +130,16 @@ pub(crate) enum CriuError {
     },
 }
 
+impl CriuError {
+    /// The file that a restore could not open, and why: one that others have changed, since CRIU made sure of it at the dump.
+    pub(crate) fn unopened_file(&self) -> Option<(String, String)> {
+        match self {
+            Self::Refused { reason, .. } => failure::unopened_file(reason),
+            _ => None,
+        }
+    }
+}
+
 /// What to dump, and where to.
 #[derive(Debug)]
 pub(crate) struct DumpOptions<'a> {

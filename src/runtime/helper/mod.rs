@@ -4,7 +4,7 @@
 //! libcontainer and CRIU exist only below here, and only in that process: both change what belongs to a whole
 //! process (working directory, mounts, namespaces). [`client`] is the server's side.
 
-mod bundle;
+pub(in crate::runtime) mod bundle;
 pub(crate) mod client;
 pub(crate) mod container;
 pub(crate) mod criu;
@@ -33,34 +33,48 @@ use volumes::{AttachError, Unmountable};
 pub(crate) struct HelperStep {
     step: String,
     reasons: Vec<String>,
-    /// Told apart from everything else: whoever asked for it can do something about it.
-    unmountable: Option<Unmountable>,
+    blame: Option<Blame>,
+}
+
+/// A failure that is told apart from all others, since whoever asked can do something about it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::runtime) enum Blame {
+    /// A volume cannot be mounted there.
+    MountPath(Unmountable),
+    /// A file that was open on a volume is not what it was.
+    VolumeFile {
+        /// Where it was, inside.
+        path: String,
+        /// The kernel's reason.
+        why: String,
+    },
 }
 
 impl HelperStep {
     fn new(step: &str, reason: impl Into<String>) -> Self {
-        Self { step: step.to_owned(), reasons: vec![reason.into()], unmountable: None }
+        Self { step: step.to_owned(), reasons: vec![reason.into()], blame: None }
     }
 
     /// Names the step that an error happened in.
     fn wrap<E: Error + 'static>(step: &'static str) -> impl FnOnce(E) -> Self {
         move |error| {
-            let (mut reasons, mut unmountable) = (Vec::new(), None);
+            let (mut reasons, mut blame) = (Vec::new(), None);
             let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
             while let Some(error) = cause {
                 reasons.push(error.to_string());
                 if let Some(AttachError::Unmountable(found)) = error.downcast_ref() {
-                    unmountable = Some(found.clone());
+                    blame = Some(Blame::MountPath(found.clone()));
                 }
                 cause = error.source();
             }
-            Self { step: step.to_owned(), reasons, unmountable }
+            Self { step: step.to_owned(), reasons, blame }
         }
     }
 
-    /// The path that a volume could not be mounted at, if that is why it failed.
-    pub(in crate::runtime) fn unmountable(&self) -> Option<&Unmountable> {
-        self.unmountable.as_ref()
+    /// What its caller is to blame for, or is to know.
+    pub(in crate::runtime) fn blame(&self) -> Option<&Blame> {
+        self.blame.as_ref()
     }
 }
 

@@ -4,9 +4,9 @@ use super::super::network::InnerNetwork;
 use super::super::rootfs::{RootPlan, mount_root};
 use super::super::volumes::VolumeBind;
 use super::container::{Limits, limit_namespace, prepare_this_process, userns_of};
-use super::criu::{self, Memory, RestoreOptions, place};
+use super::criu::{self, CriuError, Memory, RestoreOptions, place};
 use super::volumes::Staged;
-use super::{HelperStep, Operation};
+use super::{Blame, HelperStep, Operation};
 use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::restored;
@@ -119,7 +119,7 @@ impl Operation for Restore {
             let kernel = running.insert(self.kernel_ref(init)?);
             Ok(restored::begin(folder, kernel)?)
         };
-        let restored = criu::restore(&options, attach, note).map_err(HelperStep::wrap("restoring"))?;
+        let restored = criu::restore(&options, attach, note).map_err(|error| self.failed(error))?;
         let kernel = running.ok_or_else(|| HelperStep::new("restoring", "CRIU did not stop before it let the processes go"))?;
         let userns = userns_of(restored.init).map_err(HelperStep::wrap("limiting its user namespace"))?;
         limit_namespace(&userns, &self.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
@@ -129,6 +129,16 @@ impl Operation for Restore {
 }
 
 impl Restore {
+    /// A sandbox's own files are as they were; what cannot be opened any more is on a volume, where others write.
+    fn failed(&self, error: CriuError) -> HelperStep {
+        let unopened = error.unopened_file().filter(|_| !self.volumes.is_empty());
+        let mut step = HelperStep::wrap("restoring")(error);
+        if let Some((path, why)) = unopened {
+            step.blame = Some(Blame::VolumeFile { path, why });
+        }
+        step
+    }
+
     fn kernel_ref(&self, init: i32) -> io::Result<KernelRef> {
         let init = ProcessRef { pid: init, start_ticks: start_ticks(init)? };
         let (host_boot_id, agent) = (self.boot_id.clone(), self.agent_sha256.clone());

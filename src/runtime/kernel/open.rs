@@ -8,6 +8,7 @@ use crate::runtime::cgroup::{CgroupError, Cgroups};
 use crate::runtime::config::RuntimeConfig;
 use crate::runtime::criu_binary::{self, CriuBinary};
 use crate::runtime::disk::{DiskKind, Disks, make_private};
+use crate::runtime::helper::bundle::fingerprint;
 use crate::runtime::helper::client::Helpers;
 use crate::runtime::layout::Layout;
 use crate::runtime::network::{Network, NetworkError};
@@ -106,6 +107,8 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         criu: criu.as_ref().map(|criu| criu.sha256.clone()).unwrap_or_default(),
         agent: agent.clone(),
         inner_address: network.inner_address().to_string(),
+        confinement: fingerprint(config.mounts, config.ptys_max)
+            .map_err(|error| wrong("describe sandboxes of", layout.data_dir())(error.into()))?,
     };
     Ok(Shared {
         volumes: Volumes::new(layout.clone(), disks.clone()),

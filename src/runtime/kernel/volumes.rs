@@ -2,6 +2,7 @@
 
 use super::{BoxError, Kernel, Shared, step};
 use crate::model::{SandboxId, VolumeMount};
+use crate::runtime::helper::Blame;
 use crate::runtime::helper::client::HelperError;
 use crate::runtime::helper::container::userns_of;
 use crate::runtime::helper::volumes::{AttachError, Unmountable, attach_inside, fitted};
@@ -43,11 +44,12 @@ impl From<Unmountable> for RuntimeError {
     }
 }
 
-/// What a start failed with: a mount path that cannot be, or a step.
+/// What a start failed with: something about its volumes, or a step.
 pub(super) fn start_error(id: SandboxId, doing: &'static str) -> impl FnOnce(HelperError) -> RuntimeError {
     move |error| match &error {
-        HelperError::Step(failed) => match failed.unmountable() {
-            Some(unmountable) => unmountable.clone().into(),
+        HelperError::Step(failed) => match failed.blame().cloned() {
+            Some(Blame::MountPath(unmountable)) => unmountable.into(),
+            Some(Blame::VolumeFile { path, why }) => RuntimeError::VolumeFile { path, why },
             None => step(id, doing)(error),
         },
         HelperError::Run { .. } | HelperError::TimedOut { .. } | HelperError::NoAnswer { .. } => step(id, doing)(error),

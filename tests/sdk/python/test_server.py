@@ -45,6 +45,25 @@ def test_kill_9_of_the_server_leaves_commands_running_and_their_output_arriving(
     assert result.exit_code == 0 and "the-end" in "".join(seen)
 
 
+def test_what_sandboxes_live_within_is_of_the_server_that_makes_them_and_stays_with_those_that_it_paused(own_server):
+    own_server.wait_for_dump("base")
+    mount = "sudo mount -t tmpfs none /mnt && echo mounted"
+    paused = Sandbox.create(timeout=600)
+    assert paused.commands.run(mount).stdout == "mounted\n"
+    paused.commands.run("echo kept > /mnt/file")
+    paused.pause()
+    own_server.stop()
+    # As after an upgrade that changes the system call filter, capabilities or mounts.
+    own_server.settings["sandbox.mounts"] = "none"
+    own_server.start()
+    fresh = Sandbox.create(timeout=60)
+    with pytest.raises(Exception, match="permission denied"):
+        fresh.commands.run(mount)
+    paused.connect()
+    assert paused.commands.run("cat /mnt/file; sudo umount /mnt && " + mount).stdout == "kept\nmounted\n"
+    assert f"Sandbox {paused.sandbox_id} was paused under another kernel or stillbox" in own_server.log()
+
+
 def test_timeouts_go_on_after_a_restart(own_server):
     sandbox = Sandbox.create(timeout=5)
     kept = Sandbox.create(timeout=600)

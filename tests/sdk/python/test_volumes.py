@@ -76,6 +76,36 @@ def test_an_open_file_on_a_volume_goes_on_after_a_pause_and_in_a_fork(volume):
             each.kill()
 
 
+def test_a_file_that_is_removed_from_a_volume_during_a_pause_is_named_and_nothing_is_lost(volume):
+    sandbox = Sandbox.create(timeout=120, volume_mounts={"/mnt/data": volume})
+    try:
+        sandbox.commands.run("cd /mnt/data && echo first > kept && echo second > ghost && mkdir folder && cat kept > folder/deep")
+        # An open file, a deleted one and a working folder; `back` is read through the open file.
+        hold = "exec 3<>kept 4<ghost && rm ghost && cd folder && touch /tmp/holds && until test -e /tmp/go; do sleep 0.05; done && cat <&4 > /tmp/said && cat <&3 >> /tmp/said"
+        sandbox.commands.run(f"cd /mnt/data && {hold}", background=True)
+        sandbox.commands.run("until test -e /tmp/holds; do sleep 0.02; done")
+        snapshot = sandbox.create_snapshot()
+        sandbox.pause()
+        volume.remove("/kept")
+        for _again in range(2):
+            with pytest.raises(Exception, match="409: .*'/mnt/data/kept' was open on a volume, .*No such file or directory; put it back, or .*memory: false"):
+                sandbox.connect()
+        with pytest.raises(Exception, match="409: '/mnt/data/kept' is open on a volume"):
+            Sandbox.create(snapshot.snapshot_id, timeout=60)
+        Sandbox.delete_snapshot(snapshot.snapshot_id)
+        assert [info.state.value for info in Sandbox.list(limit=100).next_items() if info.sandbox_id == sandbox.sandbox_id] == ["paused"]
+        volume.write_file("/kept", "written anew\n")
+        volume.remove("/folder")
+        with pytest.raises(Exception, match="'/mnt/data/folder' was open on a volume"):
+            sandbox.connect()
+        volume.make_dir("/folder")
+        sandbox.connect()
+        sandbox.commands.run("touch /tmp/go; until grep -q written /tmp/said; do sleep 0.02; done")
+        assert sandbox.files.read("/tmp/said") == "second\nwritten anew\n"
+    finally:
+        sandbox.kill()
+
+
 def wait_until(is_so, seconds=20):
     deadline = time.monotonic() + seconds
     while not is_so():

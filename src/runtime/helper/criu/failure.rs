@@ -43,6 +43,14 @@ fn reason_in_text(log: &str) -> String {
     }
 }
 
+/// The file that a restore could not open, and why, if that is what `reason` tells: where it is inside.
+pub(super) fn unopened_file(reason: &str) -> Option<(String, String)> {
+    let (_, told) = reason.split_once("Can't open file ")?;
+    let (path, rest) = told.split_once(" on restore: ")?;
+    let why = rest.split_once("; ").map_or(rest, |(why, _)| why);
+    Some((format!("/{path}"), why.to_owned()))
+}
+
 /// `(00.1) 7: Error (criu/files.c:1): text` → `text`, with control characters replaced: names in it are the
 /// sandbox's.
 fn error_message(line: &str) -> Option<String> {
@@ -74,6 +82,16 @@ mod tests {
     fn a_log_without_errors_says_so() {
         assert_eq!(reason_in_text("Warn (x.c:1): hm\n"), "it ended without naming a reason");
         assert!(reason_in_log(Path::new("/nonexistent/dump.log")).starts_with("it ended without a log"));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_is_told_with_the_kernels_reason() {
+        let log = "(00.027)      7: Error (criu/files-reg.c:2223): Can't open file mnt/data/a b on restore: No such file or directory\n\
+            (00.027)      7: Error (criu/files-reg.c:2314): Can't open file mnt/data/a b: No such file or directory\n\
+            (00.027)      7: Error (criu/files.c:1221): Unable to open fd=3 id=0x22\n";
+        let found = unopened_file(&reason_in_text(log));
+        assert_eq!(found, Some(("/mnt/data/a b".to_owned(), "No such file or directory".to_owned())));
+        assert_eq!(unopened_file("Can't lookup mount=45 for fd=2"), None);
     }
 
     #[test]
