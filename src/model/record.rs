@@ -362,6 +362,48 @@ impl EventKind {
     }
 }
 
+/// What kind of failure a call met: as much as the status of its answer tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// There is no such sandbox, or none in a state that the call could be about.
+    NotFound,
+    /// The request itself is wrong.
+    Wrong,
+    /// Not in its present state.
+    NotNow,
+    /// As many as there may be.
+    Full,
+    /// The disk has no room.
+    NoRoom,
+    /// The server is stopping.
+    Closing,
+    /// It should have worked.
+    Internal,
+}
+
+impl FailureKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [Self::NotFound, Self::Wrong, Self::NotNow, Self::Full, Self::NoRoom, Self::Closing, Self::Internal];
+
+    /// The word in rows.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::NotFound => "not_found",
+            Self::Wrong => "wrong",
+            Self::NotNow => "not_now",
+            Self::Full => "full",
+            Self::NoRoom => "no_room",
+            Self::Closing => "closing",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// The kind with this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word)
+    }
+}
+
 /// One thing that was done with a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EventRecord {
@@ -379,6 +421,8 @@ pub struct EventRecord {
     pub kind: EventKind,
     /// Why it failed, or why the sandbox ended; `None` = as asked.
     pub error: Option<String>,
+    /// What kind of failure that was; `None` of an end, and of a row from before it was kept.
+    pub failure: Option<FailureKind>,
 }
 
 /// How loud a log line is.

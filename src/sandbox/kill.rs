@@ -4,7 +4,7 @@ use super::driver::Driver;
 use super::dump_folder::DumpFolder;
 use super::error::chain;
 use super::events;
-use crate::model::{EndReason, EventKind, LogEntry, LogLevel, SandboxState};
+use crate::model::{EndReason, LogEntry, LogLevel, SandboxState};
 use crate::store::{sandboxes, snapshots};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -34,7 +34,7 @@ impl Driver {
         self.write_row_or_log().await;
         self.publish();
         self.log_end(&reason);
-        events::keep(&self.core, &self.record, EventKind::Kill, events::why(&reason));
+        events::keep_end(&self.core, &self.record, &reason);
     }
 
     async fn write_row_or_log(&self) {

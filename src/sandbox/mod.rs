@@ -63,7 +63,7 @@ pub use config::{CreateBy, SandboxConfig, SnapshotSync};
 pub use create::CreateError;
 pub use disk_use::{DiskUse, DumpUse};
 pub use error::{StoreFailure, UnknownSandbox};
-pub use events::{EventPage, EventQuery};
+pub use events::{EventPage, EventQuery, Failure};
 pub use exec::{Command, Ended, ExecError, Printed};
 pub use failpoints::{AtFailpoint, Failpoints};
 pub use fork::{Copies, Fork, ForkError, Strictness};

@@ -9,7 +9,7 @@ use super::create::{self, CreateError};
 use super::disk_use::{self, DiskUse};
 use super::driver::{Request, answered};
 use super::error::{StoreFailure, UnknownSandbox};
-use super::events::{self, EventPage, EventQuery};
+use super::events::{self, EventPage, EventQuery, Failure};
 use super::fork::{self, Copies, Fork, ForkError};
 use super::list::{self, ListError, ListPage, ListQuery};
 use super::logs::{self, LogQuery, MetricsError};
@@ -389,9 +389,9 @@ impl Registry {
         self.core.take_tasks().shutdown().await;
     }
 
-    fn event<T, E: std::fmt::Display>(&self, id: SandboxId, kind: EventKind, result: &Result<T, E>) {
+    fn event<T, E: Failure>(&self, id: SandboxId, kind: EventKind, result: &Result<T, E>) {
         if let Ok(record) = self.get(id) {
-            events::keep(&self.core, &record, kind, result.as_ref().err().map(ToString::to_string));
+            events::keep(&self.core, &record, kind, result);
         }
     }
 

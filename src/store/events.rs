@@ -4,7 +4,7 @@ use super::history::HistoryLimits;
 use super::sandboxes::Order;
 use super::value::{micros, parsed_in, signed, time_in, unsigned_in};
 use super::{Db, Store, StoreError};
-use crate::model::{EventKind, EventRecord, SandboxId, TemplateId};
+use crate::model::{EventKind, EventRecord, FailureKind, SandboxId, TemplateId};
 use rusqlite::{Row, named_params, params};
 use time::OffsetDateTime;
 
@@ -54,7 +54,7 @@ impl Store {
 }
 
 fn insert(db: &Db<'_>, event: &EventRecord, limits: &HistoryLimits) -> Result<(), StoreError> {
-    let sql = "INSERT INTO events (at, sandbox, template, template_name, kind, error) VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+    let sql = "INSERT INTO events (at, sandbox, template, template_name, kind, error, failure) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
     db.0.prepare_cached(sql)?.execute(params![
         micros(event.at),
         event.sandbox.as_str(),
@@ -62,6 +62,7 @@ fn insert(db: &Db<'_>, event: &EventRecord, limits: &HistoryLimits) -> Result<()
         event.template_name,
         event.kind.as_str(),
         event.error,
+        event.failure.map(FailureKind::as_str),
     ])?;
     db.0.prepare_cached("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?1")?.execute([limits.events_max])?;
     Ok(())
@@ -96,6 +97,7 @@ fn page(db: &Db<'_>, query: &EventQuery) -> Result<EventPage, StoreError> {
 
 fn from_row(row: &Row<'_>) -> Result<EventRecord, StoreError> {
     let kind: String = row.get("kind")?;
+    let failure: Option<String> = row.get("failure")?;
     Ok(EventRecord {
         id: unsigned_in(row, "id")?,
         at: time_in(row, "at")?,
@@ -104,6 +106,8 @@ fn from_row(row: &Row<'_>) -> Result<EventRecord, StoreError> {
         template_name: row.get("template_name")?,
         kind: EventKind::from_word(&kind).ok_or_else(|| super::value::corrupt("events.kind", &kind, "a kind of event"))?,
         error: row.get("error")?,
+        // A word of a newer server's is a failure all the same.
+        failure: failure.map(|word| FailureKind::from_word(&word).unwrap_or(FailureKind::Internal)),
     })
 }
 
@@ -131,7 +135,8 @@ mod tests {
 
     fn event(sandbox: SandboxId, seconds: i64, kind: EventKind, error: Option<&str>) -> EventRecord {
         let template = TemplateId::random();
-        EventRecord { id: 0, at: at(seconds), sandbox, template, template_name: None, kind, error: error.map(Into::into) }
+        let failure = error.map(|_| FailureKind::Full);
+        EventRecord { id: 0, at: at(seconds), sandbox, template, template_name: None, kind, error: error.map(Into::into), failure }
     }
 
     #[tokio::test]
@@ -151,7 +156,8 @@ mod tests {
         assert_eq!((seconds(&page), page.total), (vec![2], 3));
         let page = store.events(EventQuery { sandbox: Some(one), kinds: vec![EventKind::Pause], ..all() }).await.unwrap();
         assert_eq!(seconds(&page), [3]);
-        assert_eq!(seconds(&store.events(EventQuery { failed: Some(true), ..all() }).await.unwrap()), [2]);
+        let failed = store.events(EventQuery { failed: Some(true), ..all() }).await.unwrap();
+        assert_eq!((seconds(&failed), failed.events[0].failure), (vec![2], Some(FailureKind::Full)));
         assert_eq!(seconds(&store.events(EventQuery { failed: Some(false), start: at(2), ..all() }).await.unwrap()), [3]);
     }
 

@@ -14,7 +14,8 @@ pub(super) const TRUTH: &[&str] = &[
     include_str!("truth/0005_volumes.sql"),
 ];
 /// Of `history.db`. `history/schema.sql` is where they lead.
-pub(super) const HISTORY: &[&str] = &[include_str!("history/0001_first.sql"), include_str!("history/0002_events.sql")];
+pub(super) const HISTORY: &[&str] =
+    &[include_str!("history/0001_first.sql"), include_str!("history/0002_events.sql"), include_str!("history/0003_event_failures.sql")];
 
 /// Applies what is missing, each migration in a transaction of its own.
 pub(super) fn to_newest(connection: &mut Connection, file: &Path, migrations: &[&str]) -> Result<(), StoreError> {

@@ -5,7 +5,7 @@ use super::super::e2b::ask::{Query, Unit, sandbox_id};
 use super::super::e2b::{templates as e2b_templates, wire as e2b};
 use super::super::error::ApiError;
 use super::wire;
-use crate::model::{EventKind, EventRecord};
+use crate::model::{EventKind, EventRecord, FailureKind};
 use crate::sandbox::{EventQuery, ListOrder};
 use axum::Json;
 use axum::extract::State;
@@ -114,6 +114,19 @@ fn failed(word: &str) -> Result<bool, ApiError> {
     }
 }
 
+/// The status of an answer that tells of such a failure; what the dialect's errors become.
+const fn status_of(failure: FailureKind) -> u16 {
+    match failure {
+        FailureKind::NotFound => 404,
+        FailureKind::Wrong => 400,
+        FailureKind::NotNow => 409,
+        FailureKind::Full => 429,
+        FailureKind::NoRoom => 507,
+        FailureKind::Closing => 503,
+        FailureKind::Internal => 500,
+    }
+}
+
 /// Novita's words for what was done, and the status that such a call answers.
 const KINDS: [(&str, EventKind, u16); 8] = [
     ("create", EventKind::Create, 201),
@@ -147,6 +160,51 @@ fn event(event: EventRecord) -> wire::Event {
         event_name: name,
         state: if has_failed { FAILED } else { SUCCESS },
         error_msg: event.error.unwrap_or_default(),
-        status_code: if has_failed { 500 } else { status },
+        status_code: if has_failed { status_of(event.failure.unwrap_or(FailureKind::Internal)) } else { status },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{SandboxId, SandboxState};
+    use crate::sandbox::{ConnectError, CreateError, Exhausted, Failure, ForkError, PauseError, Scarce, TimeoutError, UnknownSandbox};
+    use std::time::Duration;
+
+    fn require_same<E: Failure + Into<ApiError>>(error: E) {
+        let (told, status) = (error.to_string(), status_of(error.kind()));
+        assert_eq!(error.into().code_and_message().0, status, "{told}");
+    }
+
+    #[test]
+    fn an_event_tells_the_status_that_was_answered() {
+        let (id, state) = (SandboxId::random(), SandboxState::Pausing);
+        let exhausted = |scarce| Exhausted { scarce, what: "x".into(), used: "1".into(), limit: "1".into(), remedy: "y".into() };
+        let broken = || Box::new(std::io::Error::other("x"));
+        let (path, why): (crate::model::MountPath, String) = ("/v".parse().unwrap(), "gone".into());
+        require_same(PauseError::Unknown(UnknownSandbox(id)));
+        require_same(PauseError::AlreadyPaused(id));
+        require_same(PauseError::NotDumpable { id, findings: Vec::new() });
+        require_same(PauseError::SnapshotSpace { used: crate::model::ByteSize(1), limit: crate::model::ByteSize(1) });
+        require_same(PauseError::Exhausted { id, exhausted: exhausted(Scarce::Disk) });
+        require_same(PauseError::Dump { id, source: broken() });
+        require_same(ConnectError::AlreadyRunning(id));
+        require_same(ConnectError::InTransition { id, state });
+        require_same(ConnectError::TooLong { asked: Duration::ZERO, limit: Duration::ZERO });
+        require_same(ConnectError::Exhausted { id, exhausted: exhausted(Scarce::Disk) });
+        require_same(ConnectError::Exhausted { id, exhausted: exhausted(Scarce::Places) });
+        require_same(ConnectError::BadMountPath { id, path: path.clone(), wrong: why.clone() });
+        require_same(ConnectError::VolumeFile { id, path: "/v/f".into(), why: why.clone() });
+        require_same(ConnectError::Restore { id, source: broken() });
+        require_same(TimeoutError::NotRunning { id, state });
+        require_same(TimeoutError::TooLong { asked: Duration::ZERO, limit: Duration::ZERO });
+        require_same(CreateError::ShuttingDown);
+        require_same(CreateError::Killed(id));
+        require_same(CreateError::NoVolume("v".parse().unwrap()));
+        require_same(CreateError::BadMountPath { path, wrong: why.clone() });
+        require_same(CreateError::VolumeFile { path: "/v/f".into(), why });
+        require_same(CreateError::Start { id, source: broken() });
+        require_same(ForkError::Source(PauseError::InTransition { id, state }));
+        require_same(ForkError::Copy(CreateError::Exhausted(exhausted(Scarce::Disk))));
     }
 }

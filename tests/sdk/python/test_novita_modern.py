@@ -54,7 +54,13 @@ def test_the_quota_counts_what_runs(sandbox):
     other.kill()
 
 
-def test_events_tell_what_was_done_and_are_paged(sandbox):
+OVERLAY = (
+    "sudo sh -c 'mkdir /tmp/o && mount -t tmpfs tmpfs /tmp/o && cd /tmp/o && mkdir l u w m && "
+    "mount -t overlay overlay -o lowerdir=l,upperdir=u,workdir=w m'"
+)
+
+
+def test_events_tell_what_was_done_and_are_paged(server, sandbox):
     sandbox.pause()
     sandbox.connect()
     sandbox.set_timeout(100)
@@ -71,6 +77,11 @@ def test_events_tell_what_was_done_and_are_paged(sandbox):
     assert (last.has_more, [item.event_name for item in last.items]) == (False, ["create"])
     assert all(item.state == "success" and item.template_name == "base" for item in first.items)
     assert names(start_time=int(time.time()) + 60) == [] and names(state="failed") == []
+    # The status is the one that was answered.
+    sandbox.commands.run(OVERLAY)
+    assert api(server, "POST", f"/sandboxes/{sandbox.sandbox_id}/pause", {})[0] == 409
+    failed = Sandbox.get_events(sandbox_id=sandbox.sandbox_id, state="failed").items
+    assert [(item.event_name, item.status_code, "/tmp/o/m" in item.error_msg) for item in failed] == [("pause", 409, True)]
     end = lambda: [item for item in Sandbox.get_events(sandbox_id=ended.sandbox_id, events="delete").items]
     assert until(end, "the end is told")[0].error_msg == "its time was up"
 
