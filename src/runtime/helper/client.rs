@@ -1,13 +1,13 @@
 //! The server's side of the helper: one process per operation.
 
-use super::nursery::{Helper, Nursery};
+use super::nursery::{Helper, HelperProcess, Nursery};
 use super::{HelperStep, Operation};
 use crate::sys::process::ChildEnd;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 /// What a helper may say on standard error that still helps.
 const COMPLAINT_BYTES_MAX: usize = 2000;
@@ -75,9 +75,9 @@ impl Drop for AtRestore<'_> {
 }
 
 impl Helpers {
-    /// Of `program`, which may take `limit` for an operation.
-    pub(crate) fn new(program: &Path, limit: Duration) -> Self {
-        Self { nursery: Nursery::new(program), limit, restores: AtomicUsize::new(0) }
+    /// Of `program`, which may take `limit` for an operation; `criu` is the one that is run most.
+    pub(crate) fn new(program: &Path, criu: Option<&Path>, limit: Duration) -> Self {
+        Self { nursery: Nursery::new(program, criu), limit, restores: AtomicUsize::new(0) }
     }
 
     /// Gets ready for the first operation.
@@ -85,18 +85,31 @@ impl Helpers {
         self.nursery.start();
     }
 
-    /// Runs one operation. Dropping the future kills the process, whatever it was doing.
+    /// Runs one operation, and waits for the end of its process. Dropping the future kills that, whatever it was doing.
     pub(crate) async fn call<O: Operation>(&self, operation: &O) -> Result<O::Answer, HelperError> {
-        let helper = self.nursery.spawn(O::VERB).await?;
-        let limit = self.limit;
-        let output = tokio::time::timeout(limit, converse(helper, operation)).await;
-        output.map_err(|_| HelperError::TimedOut { verb: O::VERB, limit })?
+        let within_limit = self.within_limit::<O, _>(async {
+            let (answer, process) = converse(self.nursery.spawn(O::VERB).await?, operation).await?;
+            process.ended().await.map_err(|source| HelperError::Run { verb: O::VERB, source })?;
+            Ok(answer?)
+        });
+        within_limit.await
     }
 
-    /// [`Helpers::call`], which [`Helpers::calm`] waits for.
+    /// [`Helpers::call`], which [`Helpers::calm`] waits for. Somebody waits for what is restored: its process ends later.
     pub(crate) async fn restore<O: Operation>(&self, operation: &O) -> Result<O::Answer, HelperError> {
         let _at_work = AtRestore::begin(&self.restores);
-        self.call(operation).await
+        let within_limit = self.within_limit::<O, _>(async {
+            let (answer, process) = converse(self.nursery.spawn(O::VERB).await?, operation).await?;
+            tokio::spawn(see_off(process, self.limit));
+            Ok(answer?)
+        });
+        within_limit.await
+    }
+
+    async fn within_limit<O: Operation, T>(&self, work: impl Future<Output = Result<T, HelperError>>) -> Result<T, HelperError> {
+        let limit = self.limit;
+        let output = tokio::time::timeout(limit, work).await;
+        output.map_err(|_| HelperError::TimedOut { verb: O::VERB, limit })?
     }
 
     /// Resolves when no restore is at work, at the latest after `wait_max`. Cancel-safe.
@@ -113,23 +126,33 @@ impl Helpers {
     }
 }
 
-/// Has a helper of the operation's verb do it.
-async fn converse<O: Operation>(helper: Helper, operation: &O) -> Result<O::Answer, HelperError> {
+/// Has a helper of the operation's verb do it, until it has answered.
+async fn converse<O: Operation>(helper: Helper, operation: &O) -> Result<(Result<O::Answer, HelperStep>, HelperProcess), HelperError> {
     let verb = O::VERB;
     let run = |source| HelperError::Run { verb, source };
-    let Helper { process, mut stdin, mut stdout, mut stderr } = helper;
+    let Helper { process, mut stdin, stdout, mut stderr } = helper;
     let request = serde_json::to_vec(operation).map_err(|error| run(error.into()))?;
     // One that has ended already does not read; what it said instead is what counts.
     let _ = stdin.write_all(&request).await;
     drop(stdin);
-    let (mut said, mut complained) = (Vec::new(), Vec::new());
-    tokio::try_join!(stdout.read_to_end(&mut said), stderr.read_to_end(&mut complained)).map_err(run)?;
-    let end = process.ended().await.map_err(run)?;
+    let mut said = Vec::new();
+    BufReader::new(stdout).read_until(b'\n', &mut said).await.map_err(run)?;
     let answer: Result<Result<O::Answer, HelperStep>, _> = serde_json::from_slice(&said);
     match answer {
-        Ok(answer) => Ok(answer?),
-        Err(_) => Err(HelperError::NoAnswer { verb, end: described(end), complaint: shortened(&complained) }),
+        Ok(answer) => Ok((answer, process)),
+        Err(_) => {
+            let mut complained = Vec::new();
+            stderr.read_to_end(&mut complained).await.map_err(run)?;
+            let end = process.ended().await.map_err(run)?;
+            Err(HelperError::NoAnswer { verb, end: described(end), complaint: shortened(&complained) })
+        }
     }
+}
+
+/// A helper that has answered has only itself to clean up. Whoever must not meet it waits for its lock.
+async fn see_off(process: HelperProcess, limit: Duration) {
+    // After that it is killed; its status interests nobody.
+    let _ = tokio::time::timeout(limit, process.ended()).await;
 }
 
 fn described(end: Option<ChildEnd>) -> String {

@@ -9,7 +9,7 @@ use super::super::volumes::VolumeBind;
 use super::bundle::{Places, describe};
 use super::criu::place;
 use super::volumes::{attach_inside, fitted};
-use super::{HelperStep, Operation};
+use super::{HelperStep, Later, Operation};
 use crate::model::{ProcessRef, SandboxId};
 use crate::sys::mount::{attach, clone_mount};
 use crate::sys::netns::Netns;
@@ -75,7 +75,7 @@ impl Operation for ColdStart {
         &self.root.folder
     }
 
-    fn run(&self) -> Result<ProcessRef, HelperStep> {
+    fn run(&self, _: &mut Later) -> Result<ProcessRef, HelperStep> {
         start(self)
     }
 }

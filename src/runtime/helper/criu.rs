@@ -239,6 +239,8 @@ pub(crate) struct RestoreOptions<'a> {
     pub(crate) images: &'a Path,
     /// An existing folder of this sandbox alone, for logs, the lazy fill's state and a view of the images.
     pub(crate) work: &'a Path,
+    /// How far the view of the images in `work` is.
+    pub(crate) view: View,
     /// The mounted root file system.
     pub(crate) root: &'a Path,
     /// First host uid and gid of the sandbox's range, whatever it was at the dump.
@@ -251,6 +253,15 @@ pub(crate) struct RestoreOptions<'a> {
     pub(crate) memory: Memory<'a>,
     /// Bound on the whole operation.
     pub(crate) deadline: Duration,
+}
+
+/// The images as one restore needs them ([`ImageView`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum View {
+    /// Nobody made one.
+    ToMake,
+    /// Made ahead, for the same images and ids ([`make_ahead`]).
+    Made,
 }
 
 /// When a restore reads the memory images.
@@ -267,12 +278,28 @@ pub(crate) enum Memory<'a> {
 }
 
 /// What a restore made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Restored {
     /// The sandbox's pid 1, as the host sees it. A child of this process, so of the server once this one has ended.
     pub(crate) init: i32,
-    /// Connections to the outside that were reset.
-    pub(crate) reset_connections: usize,
+    /// What is over with the restore, and ends when this is dropped.
+    pub(crate) over: Over,
+}
+
+/// A CRIU in its last steps, and the view of the images that it read.
+#[derive(Debug)]
+pub(crate) struct Over {
+    // Dropped in this order.
+    _swrk: Swrk,
+    _view: Option<ImageView>,
+}
+
+/// Makes in `work` what a restore there would make first: the view of the images, and the log, since making a file costs
+/// more than writing it.
+pub(crate) fn make_ahead(images: &Path, work: &Path, uid_base: u32) -> Result<(), CriuError> {
+    ImageView::make(images, work, uid_base)?.keep();
+    let log = work.join(Verb::Restore.log_name());
+    File::create(&log).map(drop).map_err(|source| CriuError::Folder { path: log, source })
 }
 
 /// Restores the tree into its cgroups, with a cgroup namespace rooted in them. On v1 this process moves there too.
@@ -286,7 +313,10 @@ pub(crate) fn restore(
     mut set_up_netns: impl FnMut(&Netns, i32) -> Result<(), HookError>,
     mut before_it_runs: impl FnMut(i32) -> Result<(), HookError>,
 ) -> Result<Restored, CriuError> {
-    let view = ImageView::make(options.images, options.work, options.uid_base)?;
+    let view = match options.view {
+        View::ToMake => ImageView::make(options.images, options.work, options.uid_base)?,
+        View::Made => ImageView::made(options.work)?,
+    };
     let images = open_folder(view.folder())?;
     let work = open_folder(options.work)?;
     let mut request = shared_options(&images, &work, Verb::Restore);
@@ -303,7 +333,6 @@ pub(crate) fn restore(
 
     let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, &seat, options.deadline, None)?;
     let mut netns = None;
-    let mut reset_connections = 0;
     let response = swrk.run(request, |moment, pid| match moment {
         "setup-namespaces" => {
             let (made, _) = netns.insert((Netns::of_process(pid)?, pid));
@@ -319,18 +348,22 @@ pub(crate) fn restore(
             let (netns, init) = netns.as_ref().ok_or("CRIU made no network namespace")?;
             if view.has_connections() {
                 // All are there now.
-                reset_connections = netns.run(|| loopback::unmute().and_then(|()| sock_diag::reset_outside_connections()))?;
+                netns.run(|| loopback::unmute().and_then(|()| sock_diag::reset_outside_connections()))?;
             }
             before_it_runs(*init)
         }
         _ => Ok(()),
     })?;
-    if let Some(filler) = filler {
-        view.keep();
-        filler.go_on();
-    }
+    let view = match filler {
+        Some(filler) => {
+            view.keep();
+            filler.go_on();
+            None
+        }
+        None => Some(view),
+    };
     match response.restore.as_ref().map(rpc::Criu_restore_resp::pid) {
-        Some(init) if init > 0 => Ok(Restored { init, reset_connections }),
+        Some(init) if init > 0 => Ok(Restored { init, over: Over { _swrk: swrk, _view: view } }),
         _ => Err(CriuError::Protocol { verb: Verb::Restore.name(), detail: "no pid in a successful restore".to_owned() }),
     }
 }

@@ -6,7 +6,7 @@ use super::criu::files::forget_sizes;
 use super::criu::{self, CriuError, DumpOptions, HookError, place};
 use super::undo::end_what_is_torn;
 use super::volumes::Left;
-use super::{AtWork, HelperStep, Operation};
+use super::{AtWork, HelperStep, Later, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::precheck;
 use crate::sys::process::{be_spared_by_the_oom_killer, go_before_others};
@@ -50,10 +50,10 @@ impl Operation for Dump {
         &self.folder
     }
 
-    fn run(&self) -> Result<Dumped, HelperStep> {
+    fn run(&self, _: &mut Later) -> Result<Dumped, HelperStep> {
         go_before_others();
         be_spared_by_the_oom_killer();
-        let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
+        let _notes = place::prepare(&self.criu).map_err(HelperStep::wrap("leaving the host's mounts"))?;
         let work = self.folder.work();
         let left = Left::of(self.init, &self.volumes).map_err(HelperStep::wrap("looking at its volumes"))?;
         let options = DumpOptions {

@@ -7,9 +7,11 @@ use super::nursery::{self, Role};
 use super::prepare::Prepare;
 use super::restore::Restore;
 use super::undo::UndoDump;
-use super::{AtWork, HelperStep, Operation};
+use super::{AtWork, HelperStep, Later, Operation};
+use crate::sys::process::yield_to_others;
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// `stillbox runtime <verb>`. The calling process must have one thread and nothing else to do: it is changed for good.
@@ -17,7 +19,7 @@ use std::process::ExitCode;
 /// The exit code is 0 whenever an answer was written, be it a failed step; what the step was is in the answer.
 pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
     match verb {
-        nursery::VERB => match nursery::serve() {
+        nursery::VERB => match nursery::serve(arguments.first().map(Path::new)) {
             Ok(Role::Nursery) => ExitCode::SUCCESS,
             Ok(Role::Helper(verb)) => help(&verb, &[]),
             Err(error) => complain(verb, &error),
@@ -60,8 +62,14 @@ fn serve<O: Operation>() -> io::Result<()> {
     let operation: O = serde_json::from_str(&text)?;
     // Until this process ends.
     let _at_work = AtWork::begin(operation.folder())?;
-    let answer: Result<O::Answer, HelperStep> = operation.run();
+    let mut later = Later::default();
+    let answer: Result<O::Answer, HelperStep> = operation.run(&mut later);
     let mut stdout = io::stdout().lock();
     serde_json::to_writer(&mut stdout, &answer)?;
-    stdout.flush()
+    // The answer's end: the server does not wait for this process's.
+    writeln!(stdout)?;
+    stdout.flush()?;
+    yield_to_others();
+    drop(later);
+    Ok(())
 }

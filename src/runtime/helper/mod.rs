@@ -19,6 +19,7 @@ pub(in crate::runtime) mod volumes;
 use super::layout::SandboxFolder;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
+use std::any::Any;
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -94,8 +95,19 @@ pub(crate) trait Operation: serde::Serialize + serde::de::DeserializeOwned + std
     type Answer: serde::Serialize + serde::de::DeserializeOwned;
     /// The sandbox that it works on.
     fn folder(&self) -> &SandboxFolder;
-    /// Does it, in the helper process.
-    fn run(&self) -> Result<Self::Answer, HelperStep>;
+    /// Does it, in the helper process. What goes to `later` is dropped when the answer has been given.
+    fn run(&self, later: &mut Later) -> Result<Self::Answer, HelperStep>;
+}
+
+/// Values whose end is work that nobody should wait for: processes that are about to end, files that are of no use any
+/// more.
+#[derive(Debug, Default)]
+pub(crate) struct Later(Vec<Box<dyn Any>>);
+
+impl Later {
+    fn drop(&mut self, value: impl Any) {
+        self.0.push(Box::new(value));
+    }
 }
 
 /// The mark of a helper that is at work on a sandbox: it outlives a server that was killed, and the next one waits.
@@ -122,6 +134,11 @@ const CRIU_LOCK: &str = "criu.lock";
 
 fn open_lock(folder: &SandboxFolder, name: &str) -> io::Result<File> {
     OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(folder.path().join(name))
+}
+
+/// Makes the file that the first helper would make.
+fn make_lock(folder: &SandboxFolder) -> io::Result<()> {
+    open_lock(folder, HELPER_LOCK).map(drop)
 }
 
 /// Returns when no helper, and no CRIU that lost its helper, is at work on the sandbox. Blocks for at most `limit`.

@@ -3,7 +3,8 @@
 //! Executing a program of this size anew costs some 2.5 ms of CPU, which is the linker's work; a fork of one that waits
 //! costs a tenth of that. The server asks, and gives the three standard streams; the nursery forks, and answers with
 //! the pidfd. What it forks is the server's child, as if the server had started it, and ends after one operation.
-//! Nothing but forks happens in the nursery itself, so each helper begins as the same blank process.
+//! Nothing but forks happens in the nursery itself, so each helper begins as the same blank process, in the mount
+//! namespace that CRIU needs.
 //!
 //! ```text
 //!  server ── verb, 3 descriptors ──> nursery ──fork──> helper (the server's child): request on 0, answer on 1
@@ -13,6 +14,7 @@
 //! It ends with the server: its standard input is their conversation.
 
 use super::client::HelperError;
+use super::criu::place;
 use crate::sys::command::fork_sibling;
 use crate::sys::descriptors::{receive, send};
 use crate::sys::process::{self, ChildEnd};
@@ -43,6 +45,7 @@ const NAME_PREFIX: &str = "sb-";
 #[derive(Debug, Clone)]
 pub(crate) struct Nursery {
     program: PathBuf,
+    criu: Option<PathBuf>,
     running: Arc<Mutex<Option<Running>>>,
 }
 
@@ -67,9 +70,10 @@ pub(super) struct Helper {
 pub(super) struct HelperProcess(OwnedFd);
 
 impl Nursery {
-    /// Of `program`, which is executed when the first helper is wanted, and anew whenever its nursery was ended.
-    pub(crate) fn new(program: &Path) -> Self {
-        Self { program: program.to_owned(), running: Arc::default() }
+    /// Of `program`, which is executed when the first helper is wanted, and anew whenever its nursery was ended. Most of
+    /// its helpers run `criu`.
+    pub(crate) fn new(program: &Path, criu: Option<&Path>) -> Self {
+        Self { program: program.to_owned(), criu: criu.map(Path::to_owned), running: Arc::default() }
     }
 
     /// A helper for one operation.
@@ -101,7 +105,7 @@ impl Nursery {
             Some((Ok(pidfd), nursery)) => (Ok(pidfd), nursery),
             Some((Err(Unanswered::Refused(error)), nursery)) => (Err(error), nursery),
             Some((Err(Unanswered::Gone(_)), _)) | None => {
-                let nursery = Running::start(&self.program)?;
+                let nursery = Running::start(&self.program, self.criu.as_deref())?;
                 (nursery.ask(verb, theirs).map_err(io::Error::from), nursery)
             }
         };
@@ -116,7 +120,7 @@ impl Nursery {
             let mut running = nursery.running.lock().unwrap_or_else(PoisonError::into_inner);
             if running.is_none() {
                 // Who wants a helper will be told why there is none.
-                *running = Running::start(&nursery.program).ok();
+                *running = Running::start(&nursery.program, nursery.criu.as_deref()).ok();
             }
         });
     }
@@ -145,11 +149,11 @@ impl From<Unanswered> for io::Error {
 
 impl Running {
     /// In a process group of its own: what a terminal sends to the server's group is the server's to handle.
-    fn start(program: &Path) -> io::Result<Self> {
+    fn start(program: &Path, criu: Option<&Path>) -> io::Result<Self> {
         let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(ANSWER_S_MAX))?;
         let mut command = Command::new(program);
-        command.args(["runtime", VERB]).env_clear().process_group(0);
+        command.args(["runtime", VERB]).args(criu).env_clear().process_group(0);
         let process = command.stdin(theirs).stdout(Stdio::null()).spawn()?;
         Ok(Self { socket, process })
     }
@@ -201,8 +205,13 @@ pub(super) enum Role {
 }
 
 /// The nursery's life: forks a helper for each question, until the server has ended. In each of the forks it returns too.
-pub(super) fn serve() -> io::Result<Role> {
+/// They are born where CRIU is to run, if `criu` says which.
+pub(super) fn serve(criu: Option<&Path>) -> io::Result<Role> {
     be_called(VERB)?;
+    if let Some(criu) = criu {
+        // Who cannot do without is told so when it tries by itself.
+        let _ = place::prepare_for_all(criu);
+    }
     let stdin = io::stdin();
     loop {
         let mut verb = [0; MESSAGE_BYTES_MAX];

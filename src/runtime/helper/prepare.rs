@@ -2,7 +2,7 @@
 
 use super::super::disk::copy_image;
 use super::super::rootfs::{RootPlan, mount_root};
-use super::{HelperStep, Operation};
+use super::{HelperStep, Later, Operation, criu, make_lock};
 use crate::runtime::disk::make_private;
 use crate::runtime::layout::SandboxFolder;
 use crate::sys::process::yield_to_others;
@@ -22,6 +22,8 @@ pub(crate) struct Prepare {
 pub(crate) struct NewRoot {
     /// What its disk is a copy of.
     pub(crate) image: PathBuf,
+    /// CRIU's images, of the same dump.
+    pub(crate) images: PathBuf,
     /// The rest.
     pub(crate) plan: RootPlan,
 }
@@ -35,7 +37,7 @@ impl Operation for Prepare {
     }
 
     /// What a failure leaves behind is found by its folder.
-    fn run(&self) -> Result<(), HelperStep> {
+    fn run(&self, _: &mut Later) -> Result<(), HelperStep> {
         yield_to_others();
         self.roots.iter().try_for_each(make)
     }
@@ -43,7 +45,9 @@ impl Operation for Prepare {
 
 fn make(root: &NewRoot) -> Result<(), HelperStep> {
     let folder = &root.plan.folder;
-    make_private(&folder.work()).map_err(HelperStep::wrap("making the folder of a root"))?;
+    let (work, uid_base) = (folder.work(), root.plan.uid_base);
+    make_private(&work).and_then(|()| make_lock(folder)).map_err(HelperStep::wrap("making the folder of a root"))?;
+    criu::make_ahead(&root.images, &work, uid_base).map_err(HelperStep::wrap("preparing the images of a root"))?;
     copy_image(&root.image, &folder.disk_image()).map_err(HelperStep::wrap("copying the disk of a root"))?;
     // CRIU makes the user namespace anew when it restores; this one was needed for its map.
     drop(mount_root(&root.plan)?);

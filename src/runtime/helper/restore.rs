@@ -4,9 +4,9 @@ use super::super::network::InnerNetwork;
 use super::super::rootfs::{RootPlan, mount_root};
 use super::super::volumes::VolumeBind;
 use super::container::{Limits, limit_namespace, prepare_this_process, userns_of};
-use super::criu::{self, CriuError, Memory, RestoreOptions, place};
+use super::criu::{self, CriuError, Memory, RestoreOptions, View, place};
 use super::volumes::Staged;
-use super::{Blame, HelperStep, Operation};
+use super::{Blame, HelperStep, Later, Operation};
 use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
 use crate::runtime::layout::SandboxFolder;
 use crate::runtime::restored;
@@ -53,7 +53,7 @@ pub(crate) struct Restore {
 pub(crate) enum Root {
     /// To be mounted first.
     ToMount(RootPlan),
-    /// Made ahead.
+    /// Made ahead, with a view of the dump's images.
     Mounted {
         /// Where.
         folder: SandboxFolder,
@@ -87,14 +87,14 @@ impl Operation for Restore {
     }
 
     /// What a failure leaves behind is found by the sandbox's id, as after a failed cold start.
-    fn run(&self) -> Result<KernelRef, HelperStep> {
+    fn run(&self, later: &mut Later) -> Result<KernelRef, HelperStep> {
         go_before_others();
         if let Root::ToMount(plan) = &self.root {
             // The namespace was needed for its map; CRIU makes the sandbox's own.
             drop(mount_root(plan)?);
         }
         let folder = self.root.folder();
-        let _notes = place::prepare(&self.criu.with_file_name("kernel-notes")).map_err(HelperStep::wrap("leaving the host's mounts"))?;
+        let _notes = place::prepare(&self.criu).map_err(HelperStep::wrap("leaving the host's mounts"))?;
         let volumes = Staged::prepare(&self.volumes, self.root.uid_base())?;
         prepare_this_process();
         let memory = memory_in(&self.images).map_err(HelperStep::wrap("looking at the images"))?;
@@ -102,6 +102,10 @@ impl Operation for Restore {
             criu: &self.criu,
             images: &self.images,
             work: &folder.work(),
+            view: match self.root {
+                Root::ToMount(_) => View::ToMake,
+                Root::Mounted { .. } => View::Made,
+            },
             root: &folder.root_mount(),
             uid_base: self.root.uid_base(),
             cgroups: &self.cgroup_folders,
@@ -124,6 +128,7 @@ impl Operation for Restore {
         let userns = userns_of(restored.init).map_err(HelperStep::wrap("limiting its user namespace"))?;
         limit_namespace(&userns, &self.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
         restored::complete(folder, &kernel).map_err(HelperStep::wrap("noting what was restored"))?;
+        later.drop(restored.over);
         Ok(kernel)
     }
 }

@@ -1,7 +1,7 @@
 //! Undoing a dump whose helper and CRIU were both killed: by the next helper, once nobody is at work any more.
 
 use super::criu;
-use super::{HelperStep, Operation};
+use super::{HelperStep, Later, Operation};
 use crate::runtime::layout::SandboxFolder;
 use crate::sys::process::{kill, open_pidfd};
 use std::os::fd::AsFd;
@@ -33,7 +33,7 @@ impl Operation for UndoDump {
         &self.folder
     }
 
-    fn run(&self) -> Result<(), HelperStep> {
+    fn run(&self, _: &mut Later) -> Result<(), HelperStep> {
         let undone = criu::undo_left_open(&self.folder.work(), &self.cgroup_folders);
         if undone.is_err() {
             end_what_is_torn(self.init);

@@ -117,7 +117,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         uids: UidPool::new(config.uid_ranges, instance),
         network,
         roots: Roots::new(config.pool_roots),
-        helpers: Helpers::new(&config.helper, config.helper_time_max),
+        helpers: Helpers::new(&config.helper, criu.as_ref().map(|criu| criu.path.as_path()), config.helper_time_max),
         agent,
         criu,
         host_boot_id: read_line("/proc/sys/kernel/random/boot_id"),

@@ -46,6 +46,8 @@ const IDLE_KEPT: Duration = Duration::from_secs(600);
 pub(super) struct Recipe {
     /// The dump's disk image.
     disk: PathBuf,
+    /// The dump's CRIU images.
+    images: PathBuf,
     layers: Vec<String>,
     agent: String,
 }
@@ -70,8 +72,8 @@ impl Recipe {
     /// Of a request whose roots are worth making ahead: those of a dump that many creates restore.
     pub(super) fn of(request: &StartRequest) -> Option<Self> {
         match (&request.disk, &request.from) {
-            (DiskSource::PooledCopyOf(disk), StartFrom::Dump { agent, .. }) => {
-                Some(Self { disk: disk.clone(), layers: request.layers.clone(), agent: agent.clone() })
+            (DiskSource::PooledCopyOf(disk), StartFrom::Dump { images, agent, .. }) => {
+                Some(Self { disk: disk.clone(), images: images.clone(), layers: request.layers.clone(), agent: agent.clone() })
             }
             _ => None,
         }
@@ -214,6 +216,7 @@ impl Kernel {
         }
         let plan = |root: &Root| NewRoot {
             image: recipe.disk.clone(),
+            images: recipe.images.clone(),
             plan: RootPlan {
                 folder: root.folder.clone(),
                 disk: DiskKind::Image,

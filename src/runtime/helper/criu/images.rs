@@ -74,6 +74,13 @@ impl ImageView {
         }
     }
 
+    /// The one that was made in this work folder before, and kept.
+    pub(crate) fn made(work: &Path) -> Result<ImageView, ImagesError> {
+        let mut view = ImageView { folder: folder_in(work), kept: false, has_connections: false };
+        view.has_connections = read_dir(&view.folder)?.iter().any(|entry| is_of_a_connection(&entry.file_name()));
+        Ok(view)
+    }
+
     /// Where the view is.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
@@ -84,8 +91,8 @@ impl ImageView {
         self.has_connections
     }
 
-    /// Leaves the folder in place: a lazy restore reads from it after this process has ended, and the process that
-    /// fills the memory removes it.
+    /// Leaves the folder in place: it is for a restore to come, or of a lazy one, which reads from it after this process
+    /// has ended and whose filler removes it.
     pub(crate) fn keep(mut self) {
         self.kept = true;
     }
@@ -270,7 +277,9 @@ mod tests {
         let (dump, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::fs::write(dump.path().join("userns-11.img"), REAL).unwrap();
         std::fs::write(dump.path().join("pages-1.img"), b"memory").unwrap();
-        let view = ImageView::make(dump.path(), work.path(), 1 << 21).unwrap();
+        ImageView::make(dump.path(), work.path(), 1 << 21).unwrap().keep();
+        let view = ImageView::made(work.path()).unwrap();
+        assert!(!view.has_connections());
         let folder = view.folder().to_owned();
         assert_eq!(std::fs::read(folder.join("pages-1.img")).unwrap(), b"memory");
         let moved = std::fs::read(folder.join("userns-11.img")).unwrap();

@@ -6,9 +6,11 @@ use nix::sched::{CloneFlags, unshare};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// CRIU probes the kernel at each start (25-30 ms) unless it finds its notes here; it keeps them on a tmpfs only.
 const NOTES: &str = "/run/criu.kdat";
+const RUN: &str = "/run";
 
 /// Why the place could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -33,21 +35,66 @@ pub(crate) enum PlaceError {
     CgroupNamespace(#[source] io::Error),
 }
 
-/// Moves this process into a mount namespace of its own that still follows the host's mounts and unmounts (a slave:
-/// a private copy would pin disks that the server unmounts), with a tmpfs on /run. The notes that an earlier CRIU
-/// left in `notes_cache` are put there; the returned guard brings new ones back. Sees to it that lo is up, without
-/// which CRIU's probe of the kernel fails.
+/// The CRIU whose notes are on /run by birth: of a process that the nursery forked after [`prepare_for_all`].
+static BORN_WITH: OnceLock<PathBuf> = OnceLock::new();
+
+/// [`prepare`], once for all the processes that this one forks, as far as they run `criu`: a namespace for each would be
+/// a copy of all mounts and its end, with the kernel's grace periods.
 ///
-/// `notes_cache` names a file of this CRIU's own folder; nothing below /run is visible afterwards, so no path of
-/// the operation may lie there.
-pub(crate) fn prepare(notes_cache: &Path) -> Result<ProbeNotes, PlaceError> {
+/// What these processes mount below the data folder is seen by the host as before, and what the host mounts by them: the
+/// folder is a shared mount. Only the mounts above /run are followed one way.
+pub(in crate::runtime::helper) fn prepare_for_all(criu: &Path) -> Result<(), PlaceError> {
+    if criu.starts_with(RUN) {
+        // The folder would be hidden; each process sees to itself.
+        return Ok(());
+    }
     bring_loopback_up().map_err(PlaceError::Loopback)?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    follow("/", MsFlags::empty())?;
+    match follow(RUN, MsFlags::empty()) {
+        // Not a mount of its own.
+        Err(PlaceError::Mounts(error)) if error.raw_os_error() == Some(nix::libc::EINVAL) => {}
+        other => other?,
+    }
+    mount_run()?;
+    // Without them the first CRIU makes new ones.
+    let _ = std::fs::copy(per_boot(&notes_of(criu)), NOTES);
+    // Nothing else sets it.
+    let _ = BORN_WITH.set(criu.to_owned());
+    Ok(())
+}
+
+/// From here on mounts and unmounts at `place` on the host are seen here, and not the other way.
+fn follow(place: &str, more: MsFlags) -> Result<(), PlaceError> {
     let none: Option<&str> = None;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    mount(none, place, none, MsFlags::MS_SLAVE | more, none).map_err(|errno| PlaceError::Mounts(errno.into()))
+}
+
+fn mount_run() -> Result<(), PlaceError> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), "/run", Some("tmpfs"), flags, Some("size=1m,mode=700")).map_err(|errno| PlaceError::Mounts(errno.into()))?;
-    let cache = per_boot(notes_cache);
+    mount(Some("tmpfs"), RUN, Some("tmpfs"), flags, Some("size=1m,mode=700")).map_err(|errno| PlaceError::Mounts(errno.into()))
+}
+
+/// Where the notes of this CRIU are kept, in its own folder.
+fn notes_of(criu: &Path) -> PathBuf {
+    criu.with_file_name("kernel-notes")
+}
+
+/// Moves this process, unless it was born into such a place, into a mount namespace of its own that still follows the host's mounts and unmounts (a slave:
+/// a private copy would pin disks that the server unmounts), with a tmpfs on /run. The notes that an earlier CRIU
+/// left beside `criu` are put there; the returned guard brings new ones back. Sees to it that lo is up, without
+/// which CRIU's probe of the kernel fails.
+///
+/// Nothing below /run is visible afterwards, so no path of the operation may lie there.
+pub(crate) fn prepare(criu: &Path) -> Result<ProbeNotes, PlaceError> {
+    let cache = per_boot(&notes_of(criu));
+    if BORN_WITH.get().is_some_and(|born_with| born_with == criu) {
+        return Ok(ProbeNotes { cache, known: Path::new(NOTES).exists() });
+    }
+    bring_loopback_up().map_err(PlaceError::Loopback)?;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| PlaceError::Mounts(errno.into()))?;
+    follow("/", MsFlags::MS_REC)?;
+    mount_run()?;
     let known = std::fs::copy(&cache, NOTES).is_ok();
     Ok(ProbeNotes { cache, known })
 }
