@@ -318,13 +318,16 @@ impl Cgroup {
         Ok(())
     }
 
-    /// A helper that was killed may have left it frozen, and on v1 nobody who is frozen can be killed.
-    fn thaw(&self) {
+    /// A helper that was killed may have left it frozen: nobody in it runs then, and on v1 nobody can be killed either.
+    /// Succeeds when it does not exist.
+    pub fn thaw(&self) {
         for (_, folder) in &self.folders {
-            let file = folder.join("freezer.state");
-            if file.exists() {
-                // One that says no shows by its processes staying.
-                let _ = fs::write(file, "THAWED");
+            for (file, thawed) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+                let file = folder.join(file);
+                if file.exists() {
+                    // One that says no shows by its processes staying as they are.
+                    let _ = fs::write(file, thawed);
+                }
             }
         }
     }

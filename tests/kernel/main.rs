@@ -6,6 +6,8 @@ mod device_policy;
 #[cfg(test)]
 mod guest;
 #[cfg(test)]
+mod killed;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod machine;

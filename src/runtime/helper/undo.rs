@@ -43,7 +43,7 @@ impl Operation for UndoDump {
 }
 
 /// Tasks that run foreign code are worth less than none: pid 1 goes, and the sandbox with its reason in the log.
-pub(super) fn end_what_is_torn(init: i32) {
+pub(crate) fn end_what_is_torn(init: i32) {
     let ended = open_pidfd(init).and_then(|init| kill(init.as_fd()));
     // It was dead already.
     drop(ended);

@@ -10,7 +10,7 @@ use crate::runtime::disk::{DiskError, DiskKind};
 use crate::runtime::helper::container::{ColdStart, Limits};
 use crate::runtime::helper::dump::Dump;
 use crate::runtime::helper::restore::{Restore, Root};
-use crate::runtime::helper::undo::UndoDump;
+use crate::runtime::helper::undo::{self, UndoDump};
 use crate::runtime::network::SlotLease;
 use crate::runtime::rootfs::{Boot, DiskNext, RootPlan};
 use crate::runtime::uids::UidLease;
@@ -20,6 +20,9 @@ use crate::runtime::{
 };
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
+
+/// Helpers that may be killed one after the other while they undo a dump, before the sandbox is given up.
+const UNDO_TRIES: usize = 3;
 
 /// How far a sandbox's root file system is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -264,19 +267,27 @@ impl Kernel {
 }
 
 impl Kernel {
-    /// Undoes what a helper and a CRIU that were both killed left in a sandbox's tasks. Nobody is at work on it.
+    /// Undoes what helper and CRIU left in a sandbox's tasks where both were killed, and lets those go on that a killed
+    /// helper made stand still. Nobody is at work on it.
     pub(super) async fn undo_dump(&self, id: SandboxId, init: i32) {
         let folder = self.0.layout.sandbox(id);
-        if !UndoDump::is_wanted(&folder) {
-            return;
-        }
-        let undo = UndoDump { folder, cgroup_folders: self.0.cgroups.of(id).folders(), init };
-        match self.0.helpers.call(&undo).await {
-            Ok(()) => tracing::warn!(sandbox.id = %id, "Undid a dump of sandbox {id} whose helper and CRIU were killed"),
-            Err(error) => {
-                tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Could not undo a dump of sandbox {id}; it is ended");
+        for tries_left in (0..UNDO_TRIES).rev() {
+            if !UndoDump::is_wanted(&folder) {
+                break;
+            }
+            let undo = UndoDump { folder: folder.clone(), cgroup_folders: self.0.cgroups.of(id).folders(), init };
+            match self.0.helpers.call(&undo).await {
+                Ok(()) => tracing::warn!(sandbox.id = %id, "Undid a dump of sandbox {id} whose helper and CRIU were killed"),
+                // It was killed too.
+                Err(_) if UndoDump::is_wanted(&folder) && tries_left > 0 => {}
+                Err(error) => {
+                    undo::end_what_is_torn(init);
+                    tracing::error!(sandbox.id = %id, error = &error as &dyn std::error::Error, "Could not undo a dump of sandbox {id}; it is ended");
+                }
             }
         }
+        // Held by a helper that was killed when nothing was left to undo but that.
+        self.blocking(move |shared| shared.cgroups.of(id).thaw()).await;
     }
 }
 

@@ -195,8 +195,9 @@ impl Swrk {
         loop {
             let left = self.ends_at.saturating_duration_since(Instant::now());
             match self.poll(PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
-                // What it said before it ended is heard first.
+                // What it said before it came to its end is heard first: after its last answer nothing is left to hold.
                 Ok(Woken { socket: true, .. }) => return Ok(()),
+                Ok(Woken { stopped: true, .. }) => self.answer_stops(),
                 Ok(Woken { ended: true, .. }) => return Err(self.refused()),
                 Ok(_) if left.is_zero() => {
                     return Err(CriuError::TimedOut { verb: self.verb.name(), deadline: self.deadline, log: self.log.clone() });
@@ -208,8 +209,8 @@ impl Swrk {
     }
 
     /// What there is to hear. Of its end as well: tasks that it has forked may hold the other side of the conversation
-    /// open. Its stops as a tracee are answered here.
-    fn poll(&mut self, timeout: PollTimeout) -> nix::Result<Woken> {
+    /// open. Until its stops as a tracee are answered it does not come to its end.
+    fn poll(&self, timeout: PollTimeout) -> nix::Result<Woken> {
         let watched = self.watched.as_ref().map(|watched| watched.stops.as_fd());
         let mut fds: Vec<PollFd<'_>> = [Some(self.socket.as_fd()), Some(self.process.as_fd()), watched]
             .into_iter()
@@ -221,11 +222,13 @@ impl Swrk {
             other => drop(other?),
         }
         let any = |place: usize| fds.get(place).is_some_and(|fd| fd.any().unwrap_or(true));
-        let (woken, has_stopped) = (Woken { socket: any(0), ended: any(1) }, any(2));
-        if has_stopped && let Some(watched) = &mut self.watched {
+        Ok(Woken { socket: any(0), ended: any(1), stopped: any(2) })
+    }
+
+    fn answer_stops(&mut self) {
+        if let Some(watched) = &mut self.watched {
             watched.answer_stops(self.talk);
         }
-        Ok(woken)
     }
 
     /// Waits for its end, and brings it about unless it has answered. Whom it left in the middle of its work stands
@@ -235,7 +238,9 @@ impl Swrk {
         if self.socket_is_open() {
             let _ = process::kill(self.process.as_fd());
         }
-        while self.poll(PollTimeout::NONE).is_ok_and(|woken| !woken.ended) {}
+        while self.poll(PollTimeout::NONE).is_ok_and(|woken| !woken.ended) {
+            self.answer_stops();
+        }
         let _ = process::reap(self.process.as_fd());
         match self.talk {
             Talk::Over => End::AfterItsAnswer,
@@ -251,6 +256,7 @@ impl Swrk {
             let left = until.saturating_duration_since(Instant::now());
             match self.poll(PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO)) {
                 Ok(Woken { ended: true, .. }) => return false,
+                Ok(Woken { stopped: true, .. }) => self.answer_stops(),
                 Ok(Woken { socket: true, .. }) => {
                     return recv(self.socket.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT) != Ok(0);
                 }
@@ -274,6 +280,7 @@ impl Drop for Swrk {
 struct Woken {
     socket: bool,
     ended: bool,
+    stopped: bool,
 }
 
 /// How CRIU ended.
