@@ -1,7 +1,8 @@
 //! Processes that stay the ones we mean: pidfds, start times, exits.
 
 use super::checked;
-use std::collections::HashSet;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use tokio::io::Interest;
@@ -72,7 +73,7 @@ pub fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<ChildEnd>> {
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     // SAFETY: `info` is writable and outlives the call.
     let outcome = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, libc::WEXITED | libc::WNOHANG) };
-    nix::errno::Errno::result(outcome)?;
+    Errno::result(outcome)?;
     // SAFETY: waitid has filled in the fields of SIGCHLD, or left the zeroes.
     let pid = unsafe { info.si_pid() };
     if pid == 0 {
@@ -86,32 +87,62 @@ pub fn reap(pidfd: BorrowedFd<'_>) -> io::Result<Option<ChildEnd>> {
     }))
 }
 
-/// Waits until a process has ended and takes its status, if it is our child. Cancel-safe: a status that was not taken
-/// stays where it is.
+/// Waits until a process has ended and takes its status; `None` where it is not our child, or somebody took it already.
+/// Cancel-safe: a status that was not taken stays where it is.
 pub async fn ended(pidfd: OwnedFd) -> io::Result<Option<ChildEnd>> {
     // SAFETY: the descriptor is owned by the value that watches it, so it stays open for as long as it is watched.
     let watched = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
     loop {
         let mut ready = watched.readable().await?;
-        match reap(watched.get_ref().as_fd())? {
-            None => ready.clear_ready(),
-            end => return Ok(end),
+        match reap(watched.get_ref().as_fd()) {
+            Ok(None) => ready.clear_ready(),
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(None),
+            end => return end,
         }
     }
 }
 
-/// Children of this process that have ended and whose status nobody has taken.
-pub fn zombie_children() -> HashSet<i32> {
-    let parent = std::process::id().to_string();
+/// Kills a child and takes its status. Returns when it has ended; one whose status was taken already is left alone.
+pub fn end(child: BorrowedFd<'_>) {
+    // What cannot be killed has ended.
+    let _ = kill(child);
+    let mut fds = [PollFd::new(child, PollFlags::POLLIN)];
+    while poll(&mut fds, PollTimeout::NONE) == Err(Errno::EINTR) {}
+    let _ = reap(child);
+}
+
+/// A child that has ended and whose status nobody has taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Zombie {
+    /// Its number.
+    pub pid: i32,
+    /// Its process group: the one of whoever started it, unless somebody saw to it that it has another.
+    pub group: i32,
+}
+
+/// Whether there is any among this process's children. One system call.
+pub fn has_zombie_child() -> bool {
+    // SAFETY: all zeroes is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is writable and outlives the call; WNOWAIT takes no status.
+    let outcome = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) };
+    // SAFETY: waitid has filled in the fields of SIGCHLD, or left the zeroes.
+    outcome == 0 && unsafe { info.si_pid() } != 0
+}
+
+/// Those among this process's children. Reads a file per process of the machine.
+pub fn zombie_children() -> Vec<Zombie> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let is_zombie = |pid: &i32| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // After the command name: state, parent.
-        stat.rsplit_once(')')
-            .is_some_and(|(_, rest)| rest.trim_start().strip_prefix("Z ").is_some_and(|rest| rest.split(' ').next() == Some(&parent)))
-    };
-    pids.filter(is_zombie).collect()
+    let zombie = |pid| parse_zombie(pid, std::process::id(), &std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?);
+    pids.filter_map(zombie).collect()
+}
+
+/// After the command name: state, parent, process group.
+fn parse_zombie(pid: i32, of_parent: u32, stat: &str) -> Option<Zombie> {
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let (state, parent, group) = (fields.next()?, fields.next()?, fields.next()?);
+    (state == "Z" && parent.parse() == Ok(of_parent)).then_some(Zombie { pid, group: group.parse().ok()? })
 }
 
 /// Field 22 of /proc/PID/stat: when the process started, in clock ticks after boot.
@@ -129,6 +160,7 @@ fn parse_start_ticks(stat: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::CommandExt;
 
     #[test]
     fn the_start_time_is_found_behind_a_hostile_command_name() {
@@ -140,14 +172,26 @@ mod tests {
     #[test]
     #[expect(clippy::zombie_processes, reason = "it is reaped by the function under test")]
     fn a_child_that_nobody_waited_for_is_a_zombie_until_it_is_reaped() {
-        let child = std::process::Command::new("true").spawn().unwrap();
+        let child = std::process::Command::new("true").process_group(0).spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let pidfd = open_pidfd(pid).unwrap();
-        while !zombie_children().contains(&pid) {
+        while !zombie_children().contains(&Zombie { pid, group: pid }) {
             std::thread::yield_now();
         }
+        assert!(has_zombie_child());
         assert_eq!(reap(pidfd.as_fd()).unwrap(), Some(ChildEnd::Exited(0)));
-        assert!(!zombie_children().contains(&pid));
+        assert!(!zombie_children().iter().any(|zombie| zombie.pid == pid));
+    }
+
+    #[tokio::test]
+    #[expect(clippy::zombie_processes, reason = "it is ended by the function under test")]
+    async fn who_waits_for_a_child_whose_status_was_taken_learns_that_it_has_ended() {
+        let child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pidfd = open_pidfd(i32::try_from(child.id()).unwrap()).unwrap();
+        let waiting = tokio::spawn(ended(pidfd.try_clone().unwrap()));
+        end(pidfd.as_fd());
+        assert_eq!(waiting.await.unwrap().unwrap(), None);
+        end(pidfd.as_fd());
     }
 
     #[test]

@@ -53,7 +53,8 @@ pub(crate) struct Nursery {
 #[derive(Debug)]
 struct Running {
     socket: OwnedFd,
-    process: std::process::Child,
+    /// Not its pid: that may be somebody else's once it was killed and its status was taken.
+    process: OwnedFd,
 }
 
 /// A helper that waits for its request.
@@ -154,7 +155,8 @@ impl Running {
         setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(ANSWER_S_MAX))?;
         let mut command = Command::new(program);
         command.args(["runtime", VERB]).args(criu).env_clear().process_group(0);
-        let process = command.stdin(theirs).stdout(Stdio::null()).spawn()?;
+        let child = command.stdin(theirs).stdout(Stdio::null()).spawn()?;
+        let process = process::open_pidfd(i32::try_from(child.id()).map_err(io::Error::other)?)?;
         Ok(Self { socket, process })
     }
 
@@ -172,9 +174,8 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It has nothing to finish. When it cannot be killed it has ended already.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        // It has nothing to finish.
+        process::end(self.process.as_fd());
     }
 }
 
