@@ -371,6 +371,8 @@ pub enum FailureKind {
     Wrong,
     /// Not in its present state.
     NotNow,
+    /// It holds what cannot be dumped.
+    NotDumpable,
     /// As many as there may be.
     Full,
     /// The disk has no room.
@@ -383,7 +385,8 @@ pub enum FailureKind {
 
 impl FailureKind {
     /// All of them.
-    pub const ALL: [Self; 7] = [Self::NotFound, Self::Wrong, Self::NotNow, Self::Full, Self::NoRoom, Self::Closing, Self::Internal];
+    pub const ALL: [Self; 8] =
+        [Self::NotFound, Self::Wrong, Self::NotNow, Self::NotDumpable, Self::Full, Self::NoRoom, Self::Closing, Self::Internal];
 
     /// The word in rows.
     pub const fn as_str(self) -> &'static str {
@@ -391,6 +394,7 @@ impl FailureKind {
             Self::NotFound => "not_found",
             Self::Wrong => "wrong",
             Self::NotNow => "not_now",
+            Self::NotDumpable => "not_dumpable",
             Self::Full => "full",
             Self::NoRoom => "no_room",
             Self::Closing => "closing",

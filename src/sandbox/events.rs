@@ -50,7 +50,8 @@ impl Failure for PauseError {
     fn kind(&self) -> FailureKind {
         match self {
             Self::Unknown(_) => FailureKind::NotFound,
-            Self::AlreadyPaused(_) | Self::InTransition { .. } | Self::NotDumpable { .. } => FailureKind::NotNow,
+            Self::AlreadyPaused(_) | Self::InTransition { .. } => FailureKind::NotNow,
+            Self::NotDumpable { .. } => FailureKind::NotDumpable,
             Self::SnapshotSpace { .. } | Self::Exhausted { .. } => FailureKind::NoRoom,
             Self::Dump { .. } | Self::Store(_) => FailureKind::Internal,
         }

@@ -114,9 +114,11 @@ fn failed(word: &str) -> Result<bool, ApiError> {
     }
 }
 
-/// The status of an answer that tells of such a failure; what the dialect's errors become.
-const fn status_of(failure: FailureKind) -> u16 {
+/// The status of an answer that tells of such a failure of a call; what the dialect's errors become.
+fn status_of(call: EventKind, failure: FailureKind) -> u16 {
     match failure {
+        FailureKind::NotDumpable if call == EventKind::Pause => 422,
+        FailureKind::NotDumpable => 409,
         FailureKind::NotFound => 404,
         FailureKind::Wrong => 400,
         FailureKind::NotNow => 409,
@@ -160,20 +162,25 @@ fn event(event: EventRecord) -> wire::Event {
         event_name: name,
         state: if has_failed { FAILED } else { SUCCESS },
         error_msg: event.error.unwrap_or_default(),
-        status_code: if has_failed { status_of(event.failure.unwrap_or(FailureKind::Internal)) } else { status },
+        status_code: if has_failed { status_of(event.kind, event.failure.unwrap_or(FailureKind::Internal)) } else { status },
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::lifecycle::not_paused;
     use super::*;
     use crate::model::{SandboxId, SandboxState};
     use crate::sandbox::{ConnectError, CreateError, Exhausted, Failure, ForkError, PauseError, Scarce, TimeoutError, UnknownSandbox};
     use std::time::Duration;
 
     fn require_same<E: Failure + Into<ApiError>>(error: E) {
-        let (told, status) = (error.to_string(), status_of(error.kind()));
-        assert_eq!(error.into().code_and_message().0, status, "{told}");
+        require(EventKind::Connect, error, Into::into);
+    }
+
+    fn require<E: Failure>(call: EventKind, error: E, answer: impl FnOnce(E) -> ApiError) {
+        let (told, status) = (error.to_string(), status_of(call, error.kind()));
+        assert_eq!(answer(error).code_and_message().0, status, "{told}");
     }
 
     #[test]
@@ -184,7 +191,9 @@ mod tests {
         let (path, why): (crate::model::MountPath, String) = ("/v".parse().unwrap(), "gone".into());
         require_same(PauseError::Unknown(UnknownSandbox(id)));
         require_same(PauseError::AlreadyPaused(id));
-        require_same(PauseError::NotDumpable { id, findings: Vec::new() });
+        require(EventKind::Pause, PauseError::NotDumpable { id, findings: Vec::new() }, not_paused);
+        require(EventKind::Pause, PauseError::AlreadyPaused(id), not_paused);
+        require_same(ForkError::Source(PauseError::NotDumpable { id, findings: Vec::new() }));
         require_same(PauseError::SnapshotSpace { used: crate::model::ByteSize(1), limit: crate::model::ByteSize(1) });
         require_same(PauseError::Exhausted { id, exhausted: exhausted(Scarce::Disk) });
         require_same(PauseError::Dump { id, source: broken() });

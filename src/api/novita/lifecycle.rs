@@ -39,10 +39,14 @@ pub(super) async fn pause(
     SandboxPath(id): SandboxPath,
     OptionalJson(_asked): OptionalJson<wire::Pause>,
 ) -> Result<StatusCode, ApiError> {
-    match state.registry.pause(id, Keep::Memory).await {
-        Ok(_) => Ok(StatusCode::NO_CONTENT),
-        Err(refused @ PauseError::NotDumpable { .. }) => Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, refused.to_string())),
-        Err(other) => Err(other.into()),
+    state.registry.pause(id, Keep::Memory).await.map_err(not_paused)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) fn not_paused(error: PauseError) -> ApiError {
+    match error {
+        refused @ PauseError::NotDumpable { .. } => ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, refused.to_string()),
+        other => other.into(),
     }
 }
 

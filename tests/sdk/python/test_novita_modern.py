@@ -79,9 +79,9 @@ def test_events_tell_what_was_done_and_are_paged(server, sandbox):
     assert names(start_time=int(time.time()) + 60) == [] and names(state="failed") == []
     # The status is the one that was answered.
     sandbox.commands.run(OVERLAY)
-    assert api(server, "POST", f"/sandboxes/{sandbox.sandbox_id}/pause", {})[0] == 409
+    assert api(server, "POST", f"/sandboxes/{sandbox.sandbox_id}/pause", {})[0] == 422
     failed = Sandbox.get_events(sandbox_id=sandbox.sandbox_id, state="failed").items
-    assert [(item.event_name, item.status_code, "/tmp/o/m" in item.error_msg) for item in failed] == [("pause", 409, True)]
+    assert [(item.event_name, item.status_code, "/tmp/o/m" in item.error_msg) for item in failed] == [("pause", 422, True)]
     end = lambda: [item for item in Sandbox.get_events(sandbox_id=ended.sandbox_id, events="delete").items]
     assert until(end, "the end is told")[0].error_msg == "its time was up"
 
