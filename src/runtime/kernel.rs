@@ -39,6 +39,7 @@ use super::{
 use crate::model::{ByteSize, DumpKey, KernelRef, NetworkPolicy, SandboxId, SecretRecord, VolumeMount};
 use crate::runtime::helper::client::Helpers;
 use live::Live;
+use room::Lookout;
 use roots::Roots;
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -61,6 +62,7 @@ struct Shared {
     network: Network,
     /// Made before they are wanted.
     roots: Roots,
+    lookout: Lookout,
     helpers: Helpers,
     /// SHA-256 of this build's agent.
     agent: String,
@@ -272,6 +274,7 @@ impl Runtime for Kernel {
         self.empty_roots().await;
         self.0.network.close().await;
         self.blocking(|shared| {
+            shared.lookout.close();
             shared.cgroups.close();
             shared.volumes.close();
         })

@@ -1,5 +1,6 @@
 //! What a server does once: folders, the shared mount, programs, pools.
 
+use super::room::Lookout;
 use super::roots::Roots;
 use super::{Kernel, Shared, orphans, pools, room};
 use crate::model::{DumpKey, InstanceId};
@@ -117,6 +118,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         uids: UidPool::new(config.uid_ranges, instance),
         network,
         roots: Roots::new(config.pool_roots),
+        lookout: Lookout::default(),
         helpers: Helpers::new(&config.helper, criu.as_ref().map(|criu| criu.path.as_path()), config.helper_time_max),
         agent,
         criu,

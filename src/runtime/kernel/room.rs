@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// A gigabyte a second is what a sandbox writes at most; the floor should outlast a few looks.
@@ -38,6 +38,37 @@ const LEFT_INSIDE: ByteSize = ByteSize::mib(16);
 /// More than this ext4 never reserves by itself (`ext4_calculate_resv_clusters`): the fiftieth part, and at most so many.
 const RESERVED_MAX: u64 = 4096;
 const LOOP_MAJOR: u64 = 7;
+
+/// A file system whose free space is what it was.
+#[derive(Debug, thiserror::Error)]
+#[error("the free space of {} cannot be changed", place.display())]
+struct Unchanged {
+    place: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Held by a look; afterwards, when the kernel is closed, none begins: it would mount volumes that were just unmounted.
+#[derive(Debug, Default)]
+pub(super) struct Lookout(Mutex<Stage>);
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Stage {
+    #[default]
+    Looking,
+    Closed,
+}
+
+impl Lookout {
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When this returns, nothing is looked at or changed any more.
+    pub(super) fn close(&self) {
+        *self.stage() = Stage::Closed;
+    }
+}
 
 /// What was seen and said last.
 #[derive(Debug, Default)]
@@ -62,7 +93,11 @@ pub(super) async fn watch_forever(shared: Weak<Shared>) {
 }
 
 impl Watch {
-    fn look(&mut self, shared: &Arc<Shared>) {
+    fn look(&mut self, shared: &Shared) {
+        let stage = shared.lookout.stage();
+        if *stage == Stage::Closed {
+            return;
+        }
         let Ok(room) = shared.disks.room() else { return };
         let margin = ByteSize(match self.was_low {
             Some(true) => MARGIN_MAX.bytes().min(room.floor.bytes() / 8),
@@ -72,21 +107,21 @@ impl Watch {
         match (is_low, self.was_low) {
             (true, _) => {
                 // Each time: others may have been mounted meanwhile.
-                shared.disks_of_all(make_full);
-                self.tell(shared, &room);
+                let failed = shared.disks_of_all(make_full);
+                self.tell(shared, &room, failed);
             }
             (false, Some(false)) => {}
             (false, Some(true)) => {
-                shared.disks_of_all(make_roomy);
+                shared.open_disks();
                 self.told_at = None;
                 tracing::info!(free = %room.free, "{} are free again below {}: sandboxes start, pause and write as before", room.free, room.path.display());
             }
-            (false, None) => shared.disks_of_all(make_roomy),
+            (false, None) => shared.open_disks(),
         }
         self.was_low = Some(is_low);
     }
 
-    fn tell(&mut self, shared: &Shared, room: &Room) {
+    fn tell(&mut self, shared: &Shared, room: &Room, failed: Option<Unchanged>) {
         if self.told_at.is_some_and(|at| at.elapsed() < REMIND_EVERY) {
             return;
         }
@@ -96,6 +131,9 @@ impl Watch {
             DiskKind::Image => "nothing is started, resumed or dumped, and the disks of running sandboxes are full",
             DiskKind::Folder => "nothing is started or resumed; what runs is not kept from filling the rest",
         };
+        if let Some(failed) = failed {
+            tracing::error!(error = &failed as &dyn std::error::Error, "A disk can still be filled");
+        }
         let largest = shared.largest();
         tracing::error!(%free, %floor, "{free} are free below {}, {floor} are kept free (runtime.disk_free_min): {happens}; largest: {largest}", path.display());
     }
@@ -127,24 +165,31 @@ impl Shared {
         }
     }
 
-    /// Does this to the file system of every disk and volume that is mounted below the data folder.
-    fn disks_of_all(&self, change: impl Fn(u64, &Path) -> io::Result<()>) {
+    fn open_disks(&self) {
+        if let Some(failed) = self.disks_of_all(make_roomy) {
+            tracing::error!(error = &failed as &dyn std::error::Error, "A disk stays full");
+        }
+    }
+
+    /// Does this to the file system of every disk and volume that is mounted below the data folder, and tells of one that
+    /// could not be changed.
+    fn disks_of_all(&self, change: impl Fn(u64, &Path) -> io::Result<()>) -> Option<Unchanged> {
+        let mut failed = None;
         for volume in seen::devices(&self.layout.volumes()).unwrap_or_default().into_values() {
             // Sandboxes that an earlier server left may have it mounted where this one has not.
             if let Err(error) = self.volumes.open(volume) {
-                tracing::warn!(%volume, error = &error as &dyn std::error::Error, "Volume {volume} cannot be opened");
+                failed = Some(Unchanged { place: self.layout.volume(volume).files(), source: io::Error::other(error) });
             }
         }
         let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
         for (device, place) in loop_mounts(&table, self.layout.data_dir()) {
             match change(minor(device), &place) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(%error, "The free space of {} cannot be changed", place.display());
-                }
+                Err(source) if source.kind() != io::ErrorKind::NotFound => failed = Some(Unchanged { place, source }),
                 // Unmounted meanwhile, or done.
                 Ok(()) | Err(_) => {}
             }
         }
+        failed
     }
 
     /// The sandboxes and volumes that take most of the disk, for people.
