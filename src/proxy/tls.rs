@@ -130,20 +130,20 @@ impl Authority {
 pub fn server_config(authority: &Arc<Authority>, domain: &str) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let names = leaf_names(super::Domain::of(domain).as_str());
     let own = Mutex::new(authority.leaf(&names)?);
-    config_with(Arc::new(Leaves { own, names, clouds: Minted::by(authority) }))
+    config_with(Arc::new(Leaves { own, names, clouds: Minted::by(authority) }), &[b"http/1.1"])
 }
 
 /// The TLS side that sandboxes meet where requests of theirs are changed on the way: a leaf for whatever name they ask
-/// for. HTTP/1.1 only.
+/// for. HTTP/2 and HTTP/1.1: some clients (gRPC's) speak nothing but the former.
 pub fn interception_config(authority: &Arc<Authority>) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    config_with(Arc::new(AnyName(Minted::by(authority))))
+    config_with(Arc::new(AnyName(Minted::by(authority))), &[b"h2", b"http/1.1"])
 }
 
-fn config_with(leaves: Arc<dyn ResolvesServerCert>) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+fn config_with(leaves: Arc<dyn ResolvesServerCert>, protocols: &[&[u8]]) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let versions = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().map_err(TlsError::Rustls)?;
     let mut config = versions.with_no_client_auth().with_cert_resolver(leaves);
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
     Ok(Arc::new(config))
 }
 

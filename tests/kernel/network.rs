@@ -3,6 +3,7 @@
 mod intercept;
 mod internet;
 mod names;
+mod streams;
 mod world;
 
 use std::io::{ErrorKind, Read, Write};

@@ -21,11 +21,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
 /// Connections of one sandbox through its gate at the same time; more wait.
-const CONNECTIONS_MAX: usize = 512;
+pub(super) const CONNECTIONS_MAX: usize = 512;
 /// A client that has not said within this time whom it wants is turned away.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -40,6 +40,8 @@ pub(super) struct Gate {
     /// For who may change requests.
     pub(super) interception: Option<Interception>,
     pub(super) secrets: watch::Receiver<Arc<Secrets>>,
+    /// Places for connections outwards of requests that share one of the sandbox's: as many as it may have of those.
+    pub(super) places: Arc<Semaphore>,
 }
 
 /// Whom a connection is for.
@@ -80,6 +82,11 @@ impl Gate {
             (Ok(Opened::Changed { .. }), None) => client.set_zero_linger(),
             (Err(error), _) => client.set_zero_linger().and(Err(error)),
         }
+    }
+
+    /// Waits for the place of one more connection; it is given back when this is dropped.
+    pub(super) async fn place(&self) -> io::Result<OwnedSemaphorePermit> {
+        timeout(CONNECT_TIMEOUT, Arc::clone(&self.places).acquire_owned()).await?.map_err(io::Error::other)
     }
 
     /// Connects to a target as the policy says, by its proxy if it has one.

@@ -6,7 +6,7 @@
 
 use super::dns::{Responder, SlotNames, Upstreams};
 use super::front::OwnNames;
-use super::gate::Gate;
+use super::gate::{CONNECTIONS_MAX, Gate};
 use super::intercept::Interception;
 use super::names::Names;
 use super::rewrite::{Rewrites, Secrets};
@@ -19,7 +19,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::try_join;
 use tracing::debug;
@@ -94,6 +94,7 @@ impl Services {
             slot: slot.clone(),
             interception: means.interception.cloned(),
             secrets: means.secrets.subscribe(),
+            places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
         };
         tasks.spawn(responder.clone().serve_udp(questions));
         tasks.spawn(responder.serve_tcp(long_questions));

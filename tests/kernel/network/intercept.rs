@@ -19,14 +19,19 @@ trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
 /// A server that changes requests, with the authority that its sandboxes trust, and a TLS server in the internet.
-struct Between {
-    network: Network,
-    ours: Arc<Authority>,
+pub(super) struct Between {
+    pub(super) network: Network,
+    pub(super) ours: Arc<Authority>,
     theirs: Arc<Authority>,
 }
 
 impl Between {
-    async fn open(world: &World) -> Self {
+    pub(super) async fn open(world: &World) -> Self {
+        Self::open_beside(world, serve).await
+    }
+
+    /// With another server at [`SECURE`], which is started in the netns of the internet.
+    pub(super) async fn open_beside(world: &World, serve: impl FnOnce(Arc<rustls::ServerConfig>) -> io::Result<()> + Send) -> Self {
         let authority = |name: &str| Arc::new(Authority::open(&world.data_dir(name), name).unwrap());
         let (ours, theirs) = (authority("ours1"), authority("their"));
         let tls = server_config(&theirs, "secure.example").unwrap();
@@ -107,16 +112,20 @@ fn write_chunk(stream: &mut impl Write, chunk: &str) -> io::Result<()> {
 
 /// A TLS connection out of a sandbox that trusts `authority` alone and asks for `name`, wherever it leads.
 fn connect(sandbox: &Sandbox, authority: &Authority, address: Ipv4Addr, name: &str) -> impl Stream + use<> {
+    let config = Arc::new(trusting(authority));
+    let client = rustls::ClientConnection::new(config, name.to_owned().try_into().unwrap()).unwrap();
+    rustls::StreamOwned::new(client, plain(sandbox, address, 443))
+}
+
+pub(super) fn trusting(authority: &Authority) -> rustls::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let config = config.with_root_certificates(roots).with_no_client_auth();
-    let client = rustls::ClientConnection::new(Arc::new(config), name.to_owned().try_into().unwrap()).unwrap();
-    rustls::StreamOwned::new(client, plain(sandbox, address, 443))
+    config.with_root_certificates(roots).with_no_client_auth()
 }
 
-fn plain(sandbox: &Sandbox, address: Ipv4Addr, port: u16) -> TcpStream {
+pub(super) fn plain(sandbox: &Sandbox, address: Ipv4Addr, port: u16) -> TcpStream {
     let stream = sandbox.netns.run(|| TcpStream::connect_timeout(&(address, port).into(), PATIENCE)).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
@@ -131,7 +140,7 @@ fn request(mut stream: impl Stream, host: &str, headers: &str) -> io::Result<Str
     outcome.map(|_| answer.clone()).or(if answer.is_empty() { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(answer) })
 }
 
-fn rules(policy: NetworkPolicy, rules: &[(&str, &[(&str, &str)])]) -> NetworkPolicy {
+pub(super) fn rules(policy: NetworkPolicy, rules: &[(&str, &[(&str, &str)])]) -> NetworkPolicy {
     let pairs = |headers: &[(&str, &str)]| headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     let rules = rules.iter().map(|(domain, headers)| ((*domain).to_owned(), HeaderRule { headers: pairs(headers) })).collect();
     NetworkPolicy { rules, ..policy }

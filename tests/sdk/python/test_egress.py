@@ -44,6 +44,26 @@ def test_headers_of_a_rule_arrive_outside_and_are_nowhere_inside(options):
     sandbox.kill()
 
 
+HTTP_2 = """
+const client = require('http2').connect('https://%s')
+const request = client.request({ ':path': '/x', 'x-own': 'kept' })
+let text = ''
+request.setEncoding('utf8')
+request.on('data', data => { text += data }).on('end', () => { console.log(text); client.close() })
+client.on('error', error => { console.log(error); process.exit(1) })
+"""
+
+
+def test_a_client_that_speaks_http_2_and_nothing_else_has_its_headers_set_too(options):
+    from e2b import Sandbox
+
+    sandbox = Sandbox.create(timeout=60, network=rules(Authorization="Bearer s3cret"), **options)
+    sandbox.files.write("/tmp/client.js", HTTP_2 % NAME)
+    seen = json.loads(sandbox.commands.run("node /tmp/client.js", timeout=20).stdout)
+    assert (seen["path"], seen["headers"]["authorization"], seen["headers"]["x-own"]) == ("/x", "Bearer s3cret", "kept")
+    sandbox.kill()
+
+
 def test_a_rule_with_too_much_is_refused_with_its_limit(options):
     from e2b import Sandbox, SandboxException
 
