@@ -37,8 +37,7 @@ CREATE TABLE events (
     template      TEXT NOT NULL,
     template_name TEXT,
     kind          TEXT NOT NULL,
-    error         TEXT,
-    failure       TEXT
-) STRICT;
+    error         TEXT
+, failure TEXT) STRICT;
 CREATE INDEX events_at ON events (at);
 CREATE INDEX events_of ON events (sandbox, at);
