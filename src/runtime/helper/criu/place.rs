@@ -70,9 +70,10 @@ fn follow(place: &str, more: MsFlags) -> Result<(), PlaceError> {
     mount(none, place, none, MsFlags::MS_SLAVE | more, none).map_err(|errno| PlaceError::Mounts(errno.into()))
 }
 
+/// A sandbox's root, whose mounts a restore puts together in a folder of it, passes through and does not look around.
 fn mount_run() -> Result<(), PlaceError> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("tmpfs"), RUN, Some("tmpfs"), flags, Some("size=1m,mode=700")).map_err(|errno| PlaceError::Mounts(errno.into()))
+    mount(Some("tmpfs"), RUN, Some("tmpfs"), flags, Some("size=1m,mode=711")).map_err(|errno| PlaceError::Mounts(errno.into()))
 }
 
 /// Where the notes of this CRIU are kept, in its own folder.
