@@ -8,7 +8,6 @@ use super::prepare::Prepare;
 use super::restore::Restore;
 use super::undo::UndoDump;
 use super::{AtWork, HelperStep, Later, Operation};
-use crate::sys::process::yield_to_others;
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -69,7 +68,7 @@ fn serve<O: Operation>() -> io::Result<()> {
     // The answer's end: the server does not wait for this process's.
     writeln!(stdout)?;
     stdout.flush()?;
-    yield_to_others();
+    // Not at a lower priority: who comes next waits for the lock that this process still has.
     drop(later);
     Ok(())
 }
