@@ -23,8 +23,8 @@ pub(super) struct Turn {
 }
 
 impl Turns {
-    /// Three more at a time than there are CPUs: each waits for the kernel's locks, its grace periods and the disk. With
-    /// two CPUs and eight at once, five at a time took 3.0 times as long each as one alone, three at a time 4.2.
+    /// Three more at a time than there are CPUs: each waits a little for the kernel's locks and the disk. With two CPUs
+    /// and eight at once, two to five at a time are alike within what the machine varies, all eight take a fifth longer.
     pub(super) fn of_this_machine() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
         Self(Arc::new(Semaphore::new(cpus + 3)))
