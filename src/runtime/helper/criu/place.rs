@@ -41,8 +41,8 @@ static BORN_WITH: OnceLock<PathBuf> = OnceLock::new();
 /// [`prepare`], once for all the processes that this one forks, as far as they run `criu`: a namespace for each would be
 /// a copy of all mounts and its end, with the kernel's grace periods.
 ///
-/// What these processes mount below the data folder is seen by the host as before, and what the host mounts by them: the
-/// folder is a shared mount. Only the mounts above /run are followed one way.
+/// What these processes mount below the data folder is seen by the host, and what the host mounts there by them: the folder
+/// is a shared mount, here as there. The mounts that /run lies on are followed one way, so the tmpfs stays here.
 pub(in crate::runtime::helper) fn prepare_for_all(criu: &Path) -> Result<(), PlaceError> {
     if criu.starts_with(RUN) {
         // The folder would be hidden; each process sees to itself.
@@ -81,10 +81,10 @@ fn notes_of(criu: &Path) -> PathBuf {
     criu.with_file_name("kernel-notes")
 }
 
-/// Moves this process, unless it was born into such a place, into a mount namespace of its own that still follows the host's mounts and unmounts (a slave:
-/// a private copy would pin disks that the server unmounts), with a tmpfs on /run. The notes that an earlier CRIU
-/// left beside `criu` are put there; the returned guard brings new ones back. Sees to it that lo is up, without
-/// which CRIU's probe of the kernel fails.
+/// Moves this process, unless it was born into such a place, into a mount namespace of its own that still follows the
+/// host's mounts and unmounts (a slave: a private copy would pin disks that the server unmounts), with a tmpfs on /run.
+/// The notes that an earlier CRIU left beside `criu` are put there; the returned guard brings new ones back. Sees to it
+/// that lo is up, without which CRIU's probe of the kernel fails.
 ///
 /// Nothing below /run is visible afterwards, so no path of the operation may lie there.
 pub(crate) fn prepare(criu: &Path) -> Result<ProbeNotes, PlaceError> {
