@@ -4,6 +4,8 @@
 set -euo pipefail
 
 stillbox=${STILLBOX_BIN:-$(cd "$(dirname "$0")/.." && pwd)/target/release/stillbox}
+# Which program to run is this script's business; the server refuses variables that it does not know.
+unset STILLBOX_BIN
 mode=${1:-stay}
 server=
 
