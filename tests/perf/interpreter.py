@@ -44,6 +44,17 @@ def pss_of_tree(api):
     return total
 
 
+def pauses_of_a_warm_kernel(api, verdicts):
+    sandbox = create_and_run(api)
+    pauses, cells = [], []
+    for _ in range(15):
+        pauses.append(timed(lambda: sandbox.control("POST", "/pause"))[0])
+        cells.append(timed(lambda: (sandbox.control("POST", "/connect", {"timeout": 600}), run_code(sandbox)))[0])
+    sandbox.kill()
+    verdicts.hold("pause of a warm kernel", show("pause of a warm kernel", pauses)["median"], 150, " ms")
+    verdicts.hold("its resume and a cell", show("its resume -> a cell's result", cells)["median"], 150, " ms")
+
+
 def main():
     print(machine())
     rounds = int(os.environ.get("ROUNDS", "40"))
@@ -58,6 +69,7 @@ def main():
             seconds, sandbox = timed(lambda: create_and_run(api))
             first.append(seconds)
             sandbox.kill()
+        pauses_of_a_warm_kernel(api, verdicts)
         values = show("create -> first run_code('1+1')", first)
         verdicts.hold("create -> first result", values["median"], 150, " ms")
 
