@@ -14,6 +14,18 @@ fn volume(kernel: &Kernel) -> VolumeId {
     id
 }
 
+/// Volumes that a restore has mounted with its sandbox's ids where the helpers of other sandboxes work too.
+fn staged_for_others_to_meet() -> Vec<String> {
+    let read = |process: &std::fs::DirEntry, name: &str| std::fs::read_to_string(process.path().join(name)).unwrap_or_default();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let parent = format!("PPid:\t{}\n", std::process::id());
+    let nurseries: Vec<_> =
+        processes.filter(|process| read(process, "comm") == "sb-nursery\n" && read(process, "status").contains(&parent)).collect();
+    assert!(!nurseries.is_empty(), "no nursery of this test's servers runs");
+    let staged = |process| read(process, "mountinfo").lines().filter(|line| line.contains(" /run/volumes/")).map(str::to_owned).collect();
+    nurseries.iter().flat_map(|process| -> Vec<String> { staged(process) }).collect()
+}
+
 fn at(volume: VolumeId, path: &str) -> VolumeMount {
     VolumeMount { volume, name: "data".parse().unwrap(), path: path.parse().unwrap() }
 }
@@ -141,6 +153,7 @@ fn open_files_on_a_volume_survive_a_pause_in_which_others_write_them() {
 
         let request = StartRequest { disk: DiskSource::Own, from, volumes: mounts.to_vec(), ..machine.request(id) };
         restore(&kernel, request).await;
+        assert_eq!(staged_for_others_to_meet(), Vec::<String>::new());
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         let after = run(&kernel, id, "tail -n 1 /mnt/data/tail; cat /elsewhere/pid > /dev/null && touch /part/x && ls /mnt/data/sub").await;
         let (last, rest) = after.text.split_once('\n').unwrap();

@@ -94,7 +94,12 @@ impl Operation for Restore {
             drop(mount_root(plan)?);
         }
         let folder = self.root.folder();
-        let _notes = place::prepare(&self.criu).map_err(HelperStep::wrap("leaving the host's mounts"))?;
+        let prepared = match self.volumes.is_empty() {
+            true => place::prepare(&self.criu),
+            // They are mounted on /run with this sandbox's ids, under names that are the same for every sandbox.
+            false => place::prepare_alone(&self.criu),
+        };
+        let _notes = prepared.map_err(HelperStep::wrap("leaving the host's mounts"))?;
         let volumes = Staged::prepare(&self.volumes, self.root.uid_base())?;
         prepare_this_process();
         let memory = memory_in(&self.images).map_err(HelperStep::wrap("looking at the images"))?;

@@ -81,17 +81,23 @@ fn notes_of(criu: &Path) -> PathBuf {
     criu.with_file_name("kernel-notes")
 }
 
-/// Moves this process, unless it was born into such a place, into a mount namespace of its own that still follows the
-/// host's mounts and unmounts (a slave: a private copy would pin disks that the server unmounts), with a tmpfs on /run.
-/// The notes that an earlier CRIU left beside `criu` are put there; the returned guard brings new ones back. Sees to it
-/// that lo is up, without which CRIU's probe of the kernel fails.
+/// [`prepare_alone`], unless this process was born into such a place, which others work in at the same time: nothing may
+/// be mounted there but below the data folder.
+pub(crate) fn prepare(criu: &Path) -> Result<ProbeNotes, PlaceError> {
+    match BORN_WITH.get() {
+        Some(born_with) if born_with == criu => Ok(ProbeNotes { cache: per_boot(&notes_of(criu)), known: Path::new(NOTES).exists() }),
+        Some(_) | None => prepare_alone(criu),
+    }
+}
+
+/// Moves this process into a mount namespace of its own that still follows the host's mounts and unmounts (a slave: a
+/// private copy would pin disks that the server unmounts), with a tmpfs on /run. The notes that an earlier CRIU left
+/// beside `criu` are put there; the returned guard brings new ones back. Sees to it that lo is up, without which CRIU's
+/// probe of the kernel fails.
 ///
 /// Nothing below /run is visible afterwards, so no path of the operation may lie there.
-pub(crate) fn prepare(criu: &Path) -> Result<ProbeNotes, PlaceError> {
+pub(crate) fn prepare_alone(criu: &Path) -> Result<ProbeNotes, PlaceError> {
     let cache = per_boot(&notes_of(criu));
-    if BORN_WITH.get().is_some_and(|born_with| born_with == criu) {
-        return Ok(ProbeNotes { cache, known: Path::new(NOTES).exists() });
-    }
     bring_loopback_up().map_err(PlaceError::Loopback)?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| PlaceError::Mounts(errno.into()))?;
     follow("/", MsFlags::MS_REC)?;
