@@ -203,8 +203,10 @@ impl Proxy {
         if request.method() == Method::CONNECT {
             return Err(Refusal::Tunnel);
         }
-        if target.port == ENVD_PORT && is_internal(request.uri().path()) {
-            return Err(Refusal::InternalRoute { path: request.uri().path().to_owned() });
+        // As the sandbox will see it.
+        let path = hopx::without_prefix(request.uri().path());
+        if target.port == ENVD_PORT && is_internal(path) {
+            return Err(Refusal::InternalRoute { path: path.to_owned() });
         }
         let id = target.id.ok_or(Refusal::NotFound)?;
         let seen = self.switchboard.look(id).ok_or(Refusal::NotFound)?;
@@ -212,7 +214,7 @@ impl Proxy {
         let credentials = (request.method(), request.uri(), request.headers());
         hold::check_may_wake(self.switchboard.as_ref(), target, id, &seen, credentials)?;
         let door = self.holds.route(self.switchboard.as_ref(), id, &seen).await?;
-        let in_use = if is_look(target.port, request.uri().path()) { None } else { door.in_use() };
+        let in_use = if is_look(target.port, path) { None } else { door.in_use() };
         forward::forward(&self.pool, &door, target, request, in_use).await
     }
 }

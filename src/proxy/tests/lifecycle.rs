@@ -69,7 +69,7 @@ async fn routes_of_the_agent_that_are_the_servers_alone_are_404() {
     world.open_port(id, 49983, mirror);
     world.open_port(id, 8000, mirror);
     let server = start(&world).await;
-    for path in ["/init", "/freeze", "/stillbox/seed", "//fsthaw", "/%69nit"] {
+    for path in ["/init", "/freeze", "/stillbox/seed", "//fsthaw", "/%69nit", "/x.vms.hopx.dev/init", "/x.vms.hopx.dev//stillbox/seed"] {
         let (status, _, body) = get(&server, &host(49983, id), path, &[]).await;
         assert!(status == 404 && body.contains(r#""code":404"#) && body.contains(r#""path":""#), "{path}: {status} {body}");
         assert_eq!(get(&server, &host(8000, id), path, &[]).await.0, 200, "{path} of a user's own server");
