@@ -73,11 +73,18 @@ impl Context {
             let path = folder.join(&name);
             if rest.is_empty() {
                 self.take(&path, found)?;
-            } else if fs::metadata(self.root.join(&path))?.is_dir() {
+            } else if self.leads_inside(&path) && fs::metadata(self.root.join(&path))?.is_dir() {
                 self.find(&path, rest, found)?;
             }
         }
         Ok(())
+    }
+
+    /// Whether a path, with the links in it, stays in the context: who made that is not to say which of our other files are
+    /// sent to a build.
+    fn leads_inside(&self, path: &Path) -> bool {
+        let root = fs::canonicalize(&self.root);
+        root.and_then(|root| Ok(fs::canonicalize(self.root.join(path))?.starts_with(root))).unwrap_or(false)
     }
 
     /// The path and everything below it that is not left out. Links are taken as links.
@@ -299,6 +306,18 @@ mod tests {
         assert_ne!(executable, first);
         fs::write(folder.path().join("a"), "other").unwrap();
         assert_ne!(hash(), executable);
+    }
+
+    #[test]
+    fn a_link_in_the_way_leads_to_nothing_outside_of_the_context() {
+        let (secrets, _) = context(&["id_rsa"], "");
+        let (folder, context) = context(&["src/main.py"], "");
+        std::os::unix::fs::symlink(secrets.path(), folder.path().join("away")).unwrap();
+        std::os::unix::fs::symlink("src", folder.path().join("within")).unwrap();
+        for source in ["away/id_rsa", "away/*", "*/id_rsa"] {
+            assert!(context.files(source).unwrap_err().contains("is not in the context"), "{source}");
+        }
+        assert_eq!(taken(&context, "within/main.py"), ["within/main.py"]);
     }
 
     #[test]
