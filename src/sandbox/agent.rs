@@ -36,6 +36,8 @@ const CHUNK_BYTES: usize = 256 * 1024;
 const INIT_BYTES_MAX: usize = 4 * 1024;
 /// Bytes of one poll of the log.
 const LOG_BYTES_MAX: usize = 1024 * 1024;
+/// Lines of one poll: each becomes a row, and all sandboxes share the thread that writes them.
+const LOG_LINES_MAX: usize = 1000;
 /// Bytes of one log message, and of a line's fields together: a sandbox's log is bounded in lines, 10,000 of them.
 const LOG_TEXT_MAX: usize = 8 * 1024;
 
@@ -164,6 +166,10 @@ fn read_log(body: &[u8], cursor: u64, now: OffsetDateTime) -> LogPage {
         }
         page.read_to = entry.seq;
         page.entries.push(accepted(entry, now));
+        if page.entries.len() == LOG_LINES_MAX {
+            // The next poll begins with the rest.
+            break;
+        }
     }
     page
 }
@@ -339,6 +345,16 @@ mod tests {
         assert_eq!(page.read_to, 9);
         let seen: Vec<_> = page.entries.iter().map(|entry| (entry.message.as_str(), entry.at)).collect();
         assert_eq!(seen, [("a", time::macros::datetime!(2026-01-02 03:00:01 UTC)), ("b", NOW)]);
+    }
+
+    #[test]
+    fn a_poll_takes_so_many_lines_and_the_next_one_the_rest() {
+        let lines: Vec<String> = (1..=1500).map(|seq| line(seq, "2026-01-01T00:00:00Z", "x")).collect();
+        let body = lines.join("\n");
+        let first = read_log(body.as_bytes(), 0, NOW);
+        assert_eq!((first.entries.len(), first.read_to), (LOG_LINES_MAX, 1000));
+        let second = read_log(body.as_bytes(), first.read_to, NOW);
+        assert_eq!((second.entries.len(), second.read_to), (500, 1500));
     }
 
     #[test]

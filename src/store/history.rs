@@ -6,6 +6,7 @@ use crate::model::{ByteSize, LogEntry, LogLevel, MetricPoint, SandboxId};
 use rusqlite::{OptionalExtension, Row, named_params, params};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use time::OffsetDateTime;
 
 /// Bounds of the history; the oldest rows are dropped beyond them.
@@ -70,7 +71,11 @@ impl Store {
     /// Keeps lines of a sandbox's or build's log; `read_to` is how far the agent's own log has been read with them.
     pub fn keep_logs(&self, scope: String, entries: Vec<LogEntry>, read_to: Option<u64>) {
         let limits = self.inner.limits;
-        self.inner.history.write_later(move |db| insert_logs(db, &scope, &entries, read_to, &limits));
+        let trim_all = self.inner.log_batches.fetch_add(1, Ordering::Relaxed) % SLACK == 0;
+        self.inner.history.write_later(move |db| {
+            insert_logs(db, &scope, &entries, read_to, &limits)?;
+            if trim_all { trim_logs(db, &limits) } else { Ok(()) }
+        });
     }
 
     /// Samples of a sandbox in the range, oldest first.
@@ -161,11 +166,17 @@ fn insert_logs(db: &Db<'_>, scope: &str, entries: &[LogEntry], read_to: Option<u
         db.0.prepare_cached("INSERT OR REPLACE INTO log_cursors (scope, seq) VALUES (?1, ?2)")?.execute(params![scope, signed(seq)])?;
     }
     if !entries.is_empty() {
-        let of_one = "DELETE FROM logs WHERE scope = ?1 AND rowid <= (SELECT rowid FROM logs WHERE scope = ?1 ORDER BY at DESC, rowid DESC LIMIT 1 OFFSET ?2)";
+        // By these rows and no others: the moments are the sandbox's to choose, in whatever order.
+        let of_one = "DELETE FROM logs WHERE rowid IN (SELECT rowid FROM logs WHERE scope = ?1 ORDER BY at DESC, rowid DESC LIMIT -1 OFFSET ?2)";
         db.0.prepare_cached(of_one)?.execute(params![scope, limits.logs_per_scope_max])?;
-        let of_all = "DELETE FROM logs WHERE rowid <= (SELECT max(rowid) FROM logs) - ?1";
-        db.0.prepare_cached(of_all)?.execute([limits.logs_max])?;
     }
+    Ok(())
+}
+
+/// Counts rows, not row ids: who writes much has most of its own dropped again, and is not to drop the others' by it.
+fn trim_logs(db: &Db<'_>, limits: &HistoryLimits) -> Result<(), StoreError> {
+    let sql = "DELETE FROM logs WHERE rowid IN (SELECT rowid FROM logs ORDER BY rowid LIMIT max(0, (SELECT count(*) FROM logs) - ?1))";
+    db.0.prepare_cached(sql)?.execute([limits.logs_max])?;
     Ok(())
 }
 
@@ -311,6 +322,27 @@ mod tests {
         let all = LogRange { cursor: None, order: Order::Ascending, limit: 1000, level: LogLevel::Debug, search: None };
         let kept = store.logs(id.to_string(), all).await.unwrap();
         assert_eq!((kept.len(), kept.last().map(|line| line.at)), (10, Some(at(639))));
+    }
+
+    #[tokio::test]
+    async fn one_scope_drops_its_own_lines_and_nobody_elses() {
+        let limits = HistoryLimits { logs_per_scope_max: 10, logs_max: 50, ..HistoryLimits::default() };
+        let (_dir, store) = open(limits);
+        let count = async |scope: &str| {
+            let all = LogRange { cursor: None, order: Order::Ascending, limit: 1000, level: LogLevel::Debug, search: None };
+            store.logs(scope.to_owned(), all).await.unwrap().len()
+        };
+        store.keep_logs("quiet".into(), (0..5).map(|second| line(second, LogLevel::Info, "x")).collect(), None);
+        for round in 0..i64::from(2 * SLACK) {
+            // Backwards in time, as no honest clock goes.
+            let lines = (0..30).map(|nth| line(-round * 30 - nth, LogLevel::Info, "x")).collect();
+            store.keep_logs("noisy".into(), lines, None);
+        }
+        assert_eq!((count("quiet").await, count("noisy").await), (5, 10));
+        for scope in 0..i64::from(2 * SLACK) {
+            store.keep_logs(format!("scope {scope}"), vec![line(scope, LogLevel::Info, "x")], None);
+        }
+        assert_eq!((count("quiet").await, count("scope 127").await), (0, 1), "the bound of all holds for the oldest");
     }
 
     #[tokio::test]

@@ -30,6 +30,7 @@ use database::Database;
 pub use history::HistoryLimits;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 
 /// Why the store could not answer.
@@ -107,6 +108,8 @@ struct Inner {
     limits: HistoryLimits,
     /// Samples of each sandbox since its oldest were last dropped.
     samples: Mutex<BTreeMap<SandboxId, u32>>,
+    /// Batches of log lines.
+    log_batches: AtomicU32,
     _lock: lock::DataDirLock,
 }
 
@@ -121,7 +124,7 @@ impl Store {
         let lock = lock::DataDirLock::acquire(data_dir)?;
         let truth = Database::open(data_dir.join("stillbox.db"), migrate::TRUTH, database::Durability::EveryCommit)?;
         let history = Database::open(data_dir.join("history.db"), migrate::HISTORY, database::Durability::AtCheckpoints)?;
-        Ok(Self { inner: Arc::new(Inner { truth, history, limits, samples: Mutex::default(), _lock: lock }) })
+        Ok(Self { inner: Arc::new(Inner { truth, history, limits, samples: Mutex::default(), log_batches: AtomicU32::default(), _lock: lock }) })
     }
 
     /// Runs `question` in a write transaction of its own; an error undoes it. When this returns `Ok`, the change
