@@ -385,8 +385,9 @@ fn open_entry(folder: &OwnedFd, name: &str, flags: i32) -> Result<OwnedFd, Errno
 
 fn list_into(entries: &mut Vec<EntryStat>, folder: &OwnedFd, path: &VolumePath, depth: u32) -> Result<(), FileError> {
     let read = fs::read_dir(by_descriptor(folder)).map_err(|error| told(error, path))?;
-    // A name that is no text cannot be told in JSON, nor asked for.
-    let mut names: Vec<String> = read.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    // A name that is no text cannot be told in JSON, nor asked for. Programs inside can make millions of them.
+    let texts = read.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = texts.take(ENTRIES_MAX + 1).collect();
     names.sort();
     for name in names {
         let entry_path = path.join(&name);
