@@ -242,6 +242,7 @@ impl Config {
         }
         config.sandbox.data_dir.clone_from(&config.data_dir);
         config.template.data_dir.clone_from(&config.data_dir);
+        config.template.limits.free_min = config.runtime.disk_free_min;
         config.runtime.data_dir.clone_from(&config.data_dir);
         if config.template.cache_dir.is_none() {
             config.template.cache_dir = sources.cache_home.as_ref().map(|home| home.join("stillbox"));

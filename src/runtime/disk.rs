@@ -181,6 +181,13 @@ pub fn copy_image(from: &Path, to: &Path) -> Result<(), DiskError> {
     copied.map_err(failed("copy", from))
 }
 
+/// Copies a file to one that is new and ours alone; what is a hole stays one.
+pub fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
+    let source = File::open(from)?;
+    let target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    copy_sparse(&source, &target).map(drop)
+}
+
 /// Copies the disk of a running sandbox as of one moment: who writes to it waits meanwhile.
 pub fn copy_of_mounted(folder: &SandboxFolder, to: &Path) -> Result<(), DiskError> {
     let mount = folder.disk_mount();

@@ -7,6 +7,7 @@
 
 use super::lease::Lease;
 use super::whiteout;
+use crate::model::ByteSize;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -55,6 +56,14 @@ pub enum LayerError {
         /// Inside the layer, its beginning.
         path: PathBuf,
     },
+    /// More than a layer may hold.
+    #[error("with {} it goes beyond {bound}", path.display())]
+    TooLarge {
+        /// What crossed the line.
+        path: PathBuf,
+        /// The line.
+        bound: Bound,
+    },
     /// The files are not those that the id names.
     #[error("layer {expected} turned out to be {found}; the archive is damaged or was changed")]
     Mismatch {
@@ -63,6 +72,17 @@ pub enum LayerError {
         /// The id of what is there.
         found: String,
     },
+}
+
+/// How much one layer may hold, as the configuration says. Small: errors travel through every level of a walk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Bound {
+    /// Of all files together.
+    #[error("{0} (template.import_bytes_max)")]
+    Bytes(ByteSize),
+    /// Of any kind.
+    #[error("{0} entries (template.import_entries_max)")]
+    Entries(u64),
 }
 
 /// Folders within one another. Layers are walked folder in folder, and a build step that nested them without end would use

@@ -4,6 +4,7 @@
 //! recipe ([`bootstrap`]) or an [`archive`]; both end as layers below `data_dir` and rows that [`Templates`] answers from.
 
 mod adopt;
+mod allowance;
 pub mod archive;
 pub mod bootstrap;
 pub mod build;

@@ -6,6 +6,7 @@
 //! left out, since the runtime makes that itself, and so is what the agent keeps below /run/stillbox. Files with reserved
 //! names take away what layers below have (whiteout.rs). Every refusal names the entry.
 
+use super::allowance::{Held, HostRoom};
 use super::layer::{ATTRIBUTE_KEY, is_kept_attribute};
 use super::whiteout::{self, Mark};
 use crate::model::ByteSize;
@@ -13,7 +14,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Component, Path, PathBuf};
@@ -29,12 +30,14 @@ pub struct UnpackLimits {
     pub bytes_max: ByteSize,
     /// Entries of any kind.
     pub entries_max: u64,
+    /// What is kept free of the disk that it is unpacked to: `runtime.disk_free_min`.
+    pub free_min: ByteSize,
 }
 
 impl Default for UnpackLimits {
     /// Room for the largest images in use (CUDA with its libraries: 20 GiB, half a million files), and an end.
     fn default() -> Self {
-        Self { bytes_max: ByteSize::gib(64), entries_max: 4_000_000 }
+        Self { bytes_max: ByteSize::gib(64), entries_max: 4_000_000, free_min: ByteSize(0) }
     }
 }
 
@@ -194,12 +197,24 @@ struct Target<'a> {
     done: Unpacked,
     /// Bytes of what is left out: they are no file's, and have an end as well.
     passed_over: u64,
+    held: Held,
+    room: HostRoom<'a>,
 }
 
 impl<'a> Target<'a> {
     fn new(rootfs: &'a Path, limits: UnpackLimits) -> Self {
         let made = HashMap::from([(PathBuf::new(), Made::Folder)]);
-        Self { rootfs, limits, made, folders: BTreeMap::new(), opaque: BTreeSet::new(), done: Unpacked::default(), passed_over: 0 }
+        Self {
+            rootfs,
+            limits,
+            made,
+            folders: BTreeMap::new(),
+            opaque: BTreeSet::new(),
+            done: Unpacked::default(),
+            passed_over: 0,
+            held: Held::default(),
+            room: HostRoom::of(rootfs, limits.free_min),
+        }
     }
 
     fn place<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>) -> Result<(), UnpackError> {
@@ -221,12 +236,15 @@ impl<'a> Target<'a> {
         }
         if let Some(mark) = Mark::of(&path).map_err(refused)? {
             self.check_parents(&path).map_err(refused)?;
+            self.held.add(path.as_os_str().len()).map_err(refused)?;
             self.place_mark(&mark).map_err(|source| UnpackError::Write { entry: name.clone(), source })?;
             return self.pass_over(entry, &name);
         }
         self.check_place(&path, kind).map_err(refused)?;
         let facts = facts_of(entry).map_err(|problem| refused(&problem))?;
+        self.held.add(path.as_os_str().len() + facts.bytes()).map_err(refused)?;
         let unwritten = |source| UnpackError::Write { entry: name.clone(), source };
+        self.room.take(0).map_err(unwritten)?;
         self.make_room(&path, kind).and_then(|()| self.make_parents(&path)).map_err(unwritten)?;
         let on_disk = self.on_disk(&path);
         let written = match kind {
@@ -375,10 +393,11 @@ impl<'a> Target<'a> {
         let on_disk = self.on_disk(path);
         let room = self.limits.bytes_max.bytes() - self.done.bytes;
         self.made.insert(path.to_owned(), Made::File);
-        let mut file = match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&on_disk) {
+        let file = match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&on_disk) {
             Ok(file) => file,
             Err(error) => return Ok(Err(error)),
         };
+        let mut file = Watched { file, room: &mut self.room };
         // One byte more than there is room for tells a full archive from one that goes on.
         let written = match io::copy(&mut entry.by_ref().take(room.saturating_add(1)), &mut file) {
             Ok(written) => written,
@@ -405,6 +424,22 @@ impl<'a> Target<'a> {
             marked.map_err(|source| UnpackError::Write { entry: shown(path.as_os_str().as_bytes()), source })?;
         }
         Ok(self.done)
+    }
+}
+
+/// A file that is written as long as the host's disk has room.
+struct Watched<'f, 'a> {
+    file: fs::File,
+    room: &'f mut HostRoom<'a>,
+}
+
+impl Write for Watched<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.room.take(bytes.len() as u64)?;
+        self.file.write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 
@@ -469,6 +504,11 @@ fn facts_of<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Facts, String> {
 }
 
 impl Facts {
+    /// What is held of it, if it is a folder's.
+    fn bytes(&self) -> usize {
+        self.attributes.iter().map(|(name, value)| name.len() + value.len()).sum()
+    }
+
     /// The owner first: changing it drops set-user-ID bits and capabilities.
     fn apply_to(&self, path: &Path) -> io::Result<()> {
         lchown(path, Some(self.uid), Some(self.gid))?;

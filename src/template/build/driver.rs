@@ -257,7 +257,8 @@ impl Driver<'_> {
             Some(Some(one)) => one,
             Some(None) | None => {
                 let (data_dir, layers) = (self.means.config.data_dir.clone(), self.state.layers[kept..].to_vec());
-                let merged = tokio::task::spawn_blocking(move || merge::merged(&data_dir, &layers)).await;
+                let limits = self.means.config.limits;
+                let merged = tokio::task::spawn_blocking(move || merge::merged(&data_dir, &layers, limits)).await;
                 let one = merged.map_err(|panicked| part.broke(&panicked))?.map_err(|error| part.broke(&error))?;
                 self.remember(part, key, Some(one.id().to_owned())).await?;
                 one
@@ -317,8 +318,8 @@ impl Driver<'_> {
         let done = tokio::time::timeout(self.means.step_time_max, self.work(part, &workshop, work)).await;
         done.unwrap_or_else(|_| Err(part.failed(format!("step took longer than {:?} (build.step_time_max)", self.means.step_time_max))))?;
         let written = workshop.written().await.map_err(|error| part.broke(&error))?;
-        let (data_dir, view) = (self.means.config.data_dir.clone(), self.view());
-        let harvested = tokio::task::spawn_blocking(move || harvest::layer_of(&data_dir, written.upper(), &view)).await;
+        let (data_dir, view, limits) = (self.means.config.data_dir.clone(), self.view(), self.means.config.limits);
+        let harvested = tokio::task::spawn_blocking(move || harvest::layer_of(&data_dir, written.upper(), &view, limits)).await;
         workshop.remove().await;
         harvested.map_err(|panicked| part.broke(&panicked))?.map_err(|error| part.broke(&error))
     }

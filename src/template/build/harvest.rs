@@ -6,6 +6,7 @@
 
 use super::super::layer::{Incoming, LayerError, check_depth, io_error};
 use super::super::lease::Lease;
+use super::super::unpack::UnpackLimits;
 use super::super::whiteout::{is_gone, is_opaque, make_gone, make_opaque};
 use super::copier::{Copier, copy_facts};
 use super::view::{Found, View, below, names_in};
@@ -23,10 +24,10 @@ const OURS: [&str; 5] = ["run/stillbox", "etc/hosts", "etc/hostname", "etc/resol
 const REDIRECT: &str = "trusted.overlay.redirect";
 
 /// Makes a layer in `data_dir` of `upper`, which was written over `lower`, and holds it; `None` when nothing is left.
-pub(super) fn layer_of(data_dir: &Path, upper: &Path, lower: &View) -> Result<Option<Lease>, LayerError> {
+pub(super) fn layer_of(data_dir: &Path, upper: &Path, lower: &View, limits: UnpackLimits) -> Result<Option<Lease>, LayerError> {
     let incoming = Incoming::new(data_dir)?;
-    let mut harvest = Harvest { lower, copier: Copier::default() };
     let root = incoming.rootfs();
+    let mut harvest = Harvest { lower, copier: Copier::within(limits, &root) };
     harvest.folder(upper, &root, Path::new(""), &Beneath::Shown(PathBuf::new()))?;
     let is_empty = fs::read_dir(&root).map_err(io_error("list", &root))?.next().is_none();
     if is_empty {
@@ -66,13 +67,13 @@ impl Beneath {
 
 struct Harvest<'a> {
     lower: &'a View,
-    copier: Copier,
+    copier: Copier<'a>,
 }
 
 impl Harvest<'_> {
     /// Fills `target`, which exists, with what belongs to the layer.
     fn folder(&mut self, upper: &Path, target: &Path, inside: &Path, beneath: &Beneath) -> Result<(), LayerError> {
-        let names = sorted_names(upper)?;
+        let names = self.copier.names_in(upper)?;
         for name in &names {
             let (path, inside) = (upper.join(name), inside.join(name));
             if is_ours(&inside) {
@@ -171,14 +172,9 @@ fn redirected(beneath: &Beneath, to: &[u8]) -> PathBuf {
     }
 }
 
-fn sorted_names(folder: &Path) -> Result<BTreeSet<OsString>, LayerError> {
-    let names = fs::read_dir(folder).and_then(|entries| entries.map(|entry| entry.map(|entry| entry.file_name())).collect());
-    names.map_err(io_error("list", folder))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::super::layer::folder_of;
+    use super::super::super::layer::{Bound, folder_of};
     use super::*;
 
     /// Makes files (their content is their path) and folders (`x/`) below `root`.
@@ -231,8 +227,12 @@ mod tests {
 
         fn harvested(&self) -> Option<PathBuf> {
             let lower = View::of_folders(vec![self.folder.path().join("lower")]);
-            let lease = layer_of(self.folder.path(), &self.upper(), &lower).unwrap();
+            let lease = layer_of(self.folder.path(), &self.upper(), &lower, UnpackLimits::default()).unwrap();
             lease.map(|lease| folder_of(self.folder.path(), lease.id()))
+        }
+
+        fn refused(&self, limits: UnpackLimits) -> LayerError {
+            layer_of(self.folder.path(), &self.upper(), &View::of_folders(Vec::new()), limits).unwrap_err()
         }
     }
 
@@ -253,6 +253,7 @@ mod tests {
         fs::set_permissions(world.upper().join("srv/new/file"), fs::Permissions::from_mode(0o4755)).unwrap();
         fs::hard_link(world.upper().join("srv/new/file"), world.upper().join("srv/again")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(world.upper().join("srv/socket")).unwrap();
+        fs::hard_link(world.upper().join("srv/socket"), world.upper().join("srv/socket-again")).unwrap();
         let layer = world.harvested().unwrap();
         assert_eq!(paths_below(&layer), ["empty", "etc", "etc/passwd", "opt", "srv", "srv/again", "srv/new", "srv/new/file"]);
         let file = fs::metadata(layer.join("srv/new/file")).unwrap();
@@ -265,9 +266,31 @@ mod tests {
         let world = World::new(&[], &[]);
         let levels = (4000 - world.upper().as_os_str().len()) / 2;
         fs::create_dir_all(world.upper().join("a/".repeat(levels))).unwrap();
-        let lower = View::of_folders(Vec::new());
-        let error = layer_of(world.folder.path(), &world.upper(), &lower).unwrap_err();
+        let error = world.refused(UnpackLimits::default());
         assert!(matches!(error, LayerError::TooDeep { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_hole_stays_one_and_counts_as_what_it_says_it_is() {
+        let world = World::new(&[], &["data"]);
+        let sparse = fs::File::options().write(true).open(world.upper().join("data")).unwrap();
+        sparse.set_len(300 << 20).unwrap();
+        let layer = world.harvested().unwrap();
+        let copy = fs::metadata(layer.join("data")).unwrap();
+        assert!(copy.len() == 300 << 20 && copy.blocks() * 512 < 1 << 20, "{} bytes in {} blocks", copy.len(), copy.blocks());
+        // Nothing on the sandbox's disk, and more than the host has.
+        sparse.set_len(1 << 43).unwrap();
+        let error = world.refused(UnpackLimits::default());
+        assert!(matches!(error, LayerError::TooLarge { bound: Bound::Bytes(_), .. }), "{error}");
+    }
+
+    #[test]
+    fn more_names_than_a_layer_may_have_and_more_bytes_than_the_host_keeps_free_are_refused() {
+        let world = World::new(&[], &["a/x", "a/y", "b"]);
+        let few = UnpackLimits { entries_max: 3, ..UnpackLimits::default() };
+        assert!(matches!(world.refused(few), LayerError::TooLarge { bound: Bound::Entries(3), .. }));
+        let full = world.refused(UnpackLimits { free_min: crate::model::ByteSize(u64::MAX), ..UnpackLimits::default() });
+        assert!(std::error::Error::source(&full).unwrap().to_string().contains("runtime.disk_free_min"), "{full}");
     }
 
     #[test]

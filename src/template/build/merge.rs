@@ -2,6 +2,7 @@
 
 use super::super::layer::{Incoming, LayerError, io_error};
 use super::super::lease::Lease;
+use super::super::unpack::UnpackLimits;
 use super::super::whiteout::{is_gone, is_opaque, make_gone, make_opaque};
 use super::copier::{Copier, copy_facts};
 use super::view::View;
@@ -14,16 +15,16 @@ use std::path::{Path, PathBuf};
 pub(super) const LAYERS_MAX: usize = 40;
 
 /// Makes one layer of these, bottom to top, and holds it. What they hide of the layers below them stays hidden.
-pub(super) fn merged(data_dir: &Path, layers: &[String]) -> Result<Lease, LayerError> {
+pub(super) fn merged(data_dir: &Path, layers: &[String], limits: UnpackLimits) -> Result<Lease, LayerError> {
     let incoming = Incoming::new(data_dir)?;
     let root = incoming.rootfs();
     let parts = View::of(data_dir, layers).into_parts();
-    merge(&parts, &root, &mut Copier::default())?;
+    merge(&parts, &root, &mut Copier::within(limits, &root))?;
     incoming.commit(None)
 }
 
 /// Fills `target` with what the folders have, top first.
-fn merge(parts: &[PathBuf], target: &Path, copier: &mut Copier) -> Result<(), LayerError> {
+fn merge(parts: &[PathBuf], target: &Path, copier: &mut Copier<'_>) -> Result<(), LayerError> {
     for name in all_names(parts)? {
         let target = target.join(&name);
         let Some(found) = Topmost::of(parts, &name)? else { continue };
@@ -125,7 +126,7 @@ mod tests {
             layer(data_dir.path(), &["-a/gone", "b/!", "b/new", "-c", "-below", "d/file"]),
             layer(data_dir.path(), &["c/now-a-folder", "-d", "e/y"]),
         ];
-        let one = merged(data_dir.path(), &layers).unwrap();
+        let one = merged(data_dir.path(), &layers, UnpackLimits::default()).unwrap();
         let root = folder_of(data_dir.path(), one.id());
         let names = |path: &str| {
             let mut names: Vec<_> = fs::read_dir(root.join(path)).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -6,9 +6,10 @@
 
 use super::reference::Digest;
 use super::{Context, ImageProblem};
+use crate::model::ByteSize;
 use crate::template::layer::{self, Incoming};
 use crate::template::lease::Lease;
-use crate::template::unpack::{UnpackError, unpack};
+use crate::template::unpack::{UnpackError, UnpackLimits, unpack};
 use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};
@@ -22,6 +23,10 @@ pub(super) struct Budget(AtomicU64);
 impl Budget {
     pub(super) fn of(context: &Context<'_>) -> Self {
         Self(AtomicU64::new(context.config.limits.bytes_max.bytes()))
+    }
+
+    fn left(&self) -> ByteSize {
+        ByteSize(self.0.load(Ordering::Relaxed))
     }
 
     fn spend(&self, bytes: u64) -> io::Result<()> {
@@ -83,9 +88,12 @@ fn unpack_plain(
     let damaged = |source| refused(UnpackError::Damaged { after: "(start)".to_owned(), source });
     let plain = decompress(BufReader::with_capacity(1 << 18, packed)).map_err(damaged)?;
     let mut plain = Hashed::new(plain, context, Some(budget));
-    unpack(&mut plain, rootfs, context.config.limits).map_err(refused)?;
+    let limits = UnpackLimits { bytes_max: budget.left(), ..context.config.limits };
+    let unpacked = unpack(&mut plain, rootfs, limits).map_err(refused)?;
     // A tar ends before its file does.
     io::copy(&mut plain, &mut io::sink()).map_err(damaged)?;
+    // Sparse files are more than what the tar says of them.
+    budget.spend(unpacked.bytes.saturating_sub(plain.read)).map_err(damaged)?;
     Ok(plain.finish())
 }
 
@@ -143,11 +151,12 @@ struct Hashed<'a, R> {
     hasher: Sha256,
     context: &'a Context<'a>,
     budget: Option<&'a Budget>,
+    read: u64,
 }
 
 impl<'a, R> Hashed<'a, R> {
     fn new(inner: R, context: &'a Context<'a>, budget: Option<&'a Budget>) -> Self {
-        Self { inner, hasher: Sha256::new(), context, budget }
+        Self { inner, hasher: Sha256::new(), context, budget, read: 0 }
     }
 
     fn finish(self) -> Digest {
@@ -164,6 +173,7 @@ impl<R: Read> Read for Hashed<'_, R> {
         if let Some(budget) = self.budget {
             budget.spend(read as u64)?;
         }
+        self.read += read as u64;
         self.hasher.update(&buffer[..read]);
         Ok(read)
     }

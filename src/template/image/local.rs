@@ -23,6 +23,8 @@ use std::sync::atomic::AtomicBool;
 
 /// `docker save` of many images has some hundred entries.
 const ENTRIES_MAX: usize = 100_000;
+/// Bytes of an entry's name, the kernel's bound: all names are held, and a tar's may have a mebibyte each.
+const NAME_BYTES_MAX: usize = 4096;
 /// Links to links to layers.
 const LINKS_FOLLOWED_MAX: usize = 8;
 /// A registry that cannot be: where images without a name of their own live.
@@ -328,6 +330,9 @@ fn place_of<R: Read>(entry: &tar::Entry<'_, R>) -> Option<(PathBuf, Place)> {
 
 /// A path inside the archive, or `None` for one that leads out.
 fn clean(path: &[u8]) -> Option<PathBuf> {
+    if path.len() > NAME_BYTES_MAX {
+        return None;
+    }
     let mut cleaned = PathBuf::new();
     for component in Path::new(std::str::from_utf8(path).ok()?).components() {
         match component {
@@ -341,6 +346,9 @@ fn clean(path: &[u8]) -> Option<PathBuf> {
 
 /// A symbolic link's target, which may go up as far as the archive's root.
 fn resolved(folder: &Path, target: &[u8]) -> Option<PathBuf> {
+    if target.len() > NAME_BYTES_MAX {
+        return None;
+    }
     let mut path = folder.to_owned();
     for component in Path::new(std::str::from_utf8(target).ok()?).components() {
         match component {

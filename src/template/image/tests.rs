@@ -66,6 +66,27 @@ fn tar_of(files: &[(&str, &str)]) -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
+/// A layer's tar with one file that is a hole, in GNU's form: a kilobyte for any size.
+fn sparse_tar(path: &str, size: u64) -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    let octal = |field: &mut [u8], number: u64| field[..11].copy_from_slice(format!("{number:011o}").as_bytes());
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.name[..path.len()].copy_from_slice(path.as_bytes());
+    octal(&mut gnu.realsize, size);
+    octal(&mut gnu.sparse[0].offset, size);
+    octal(&mut gnu.sparse[0].numbytes, 0);
+    header.set_entry_type(tar::EntryType::GNUSparse);
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(1_700_000_000);
+    header.set_size(0);
+    header.set_cksum();
+    let mut tar = tar::Builder::new(Vec::new());
+    tar.append(&header, io::empty()).unwrap();
+    tar.into_inner().unwrap()
+}
+
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     use std::io::Write;
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -219,6 +240,9 @@ fn hostile_files_are_refused_by_the_name_of_what_is_wrong() {
     assert!(bomb.contains("template.import_bytes_max"), "{bomb}");
     let together: Vec<Vec<u8>> = (0..3).map(|n| tar_of(&[(&format!("f{n}"), &zeroes[..600 << 10])])).collect();
     assert!(refusal("together", &together).contains("the image is larger than allowed"));
+    let sparse: Vec<Vec<u8>> = (0..3).map(|n| sparse_tar(&format!("f{n}"), 600 << 10)).collect();
+    let together = refusal("sparse", &sparse);
+    assert!(together.contains("template.import_bytes_max"), "{together}");
     let other = refusal("arm", &[]);
     assert!(other.contains("no layers"), "{other}");
     let not_one = folder.path().join("text");

@@ -94,14 +94,14 @@ fn device_nodes_are_refused_and_those_below_dev_left_out() {
 #[test]
 fn a_bomb_is_named_and_stopped_at_the_limit() {
     let two = tar_of(&[file("first"), Sample { content: &[0; 5000], ..file("large") }]);
-    let limits = UnpackLimits { bytes_max: ByteSize(4096), entries_max: 10 };
+    let limits = UnpackLimits { bytes_max: ByteSize(4096), entries_max: 10, ..UnpackLimits::default() };
     let (folder, outcome) = unpacked(&two, limits);
     assert_eq!(
         outcome.unwrap_err().to_string(),
         "archive entry 'large' goes beyond 4 KiB; if the archive is to be trusted, raise template.import_bytes_max"
     );
     assert!(fs::metadata(folder.path().join("rootfs/large")).unwrap().len() <= 4096);
-    let limits = UnpackLimits { bytes_max: ByteSize::mib(1), entries_max: 1 };
+    let limits = UnpackLimits { bytes_max: ByteSize::mib(1), entries_max: 1, ..UnpackLimits::default() };
     let (_folder, outcome) = unpacked(&two, limits);
     assert!(outcome.unwrap_err().to_string().contains("'large' goes beyond 1 entries"));
 }
@@ -125,7 +125,7 @@ fn what_is_left_out_may_be_large_and_has_an_end() {
     let (folder, outcome) = unpacked(&large, UnpackLimits::default());
     assert_eq!(outcome.unwrap(), Unpacked { entries: 1, bytes: 1, left_out: 1 });
     assert!(folder.path().join("rootfs/after").exists());
-    let (_folder, outcome) = unpacked(&large, UnpackLimits { bytes_max: ByteSize::mib(1), entries_max: 10 });
+    let (_folder, outcome) = unpacked(&large, UnpackLimits { bytes_max: ByteSize::mib(1), entries_max: 10, ..UnpackLimits::default() });
     assert!(outcome.unwrap_err().to_string().contains("'dev/x' goes beyond 1 MiB"));
 }
 
@@ -228,4 +228,36 @@ fn what_the_agent_keeps_is_not_the_images_to_bring() {
     let (folder, outcome) = unpacked(&tar_of(&[file("run/stillbox/agent"), file("run/lock")]), UnpackLimits::default());
     assert_eq!(outcome.unwrap().left_out, 1);
     assert!(!folder.path().join("rootfs/run/stillbox").exists());
+}
+
+/// What names and attributes come to until the end, which is far more than the archive when it is packed.
+fn outcome_with(held: Held, tar: &[u8]) -> Result<(), UnpackError> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut target = Target::new(folder.path(), UnpackLimits::default());
+    target.held = held;
+    let mut archive = tar::Archive::new(tar);
+    archive.entries().unwrap().try_for_each(|entry| target.place(&mut entry.unwrap()))
+}
+
+#[test]
+fn names_and_attributes_that_fill_the_memory_are_refused() {
+    let files = tar_of(&[file("0123456789"), file("9876543210")]);
+    outcome_with(Held::of(20), &files).unwrap();
+    let error = outcome_with(Held::of(19), &files).unwrap_err().to_string();
+    assert!(error.contains("'9876543210' is refused: the names and attributes before it take"), "{error}");
+    let mut tar = tar::Builder::new(Vec::new());
+    tar.append_pax_extensions([("SCHILY.xattr.user.note", [b'x'; 1000].as_slice())]).unwrap();
+    let folder = tar_of(&[special(EntryType::Directory, "folder", "")]);
+    let with_attribute = [tar.get_ref().as_slice(), &folder].concat();
+    outcome_with(Held::of(1100), &with_attribute).unwrap();
+    assert!(outcome_with(Held::of(1000), &with_attribute).is_err());
+}
+
+#[test]
+fn what_is_kept_free_of_the_hosts_disk_is_not_unpacked_to() {
+    let limits = UnpackLimits { free_min: ByteSize(u64::MAX), ..UnpackLimits::default() };
+    let (_folder, outcome) = unpacked(&tar_of(&[file("a")]), limits);
+    let error = outcome.unwrap_err();
+    let why = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+    assert!(why.contains("runtime.disk_free_min"), "{error}: {why}");
 }
