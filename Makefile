@@ -28,8 +28,8 @@ setup-bench:
 criu: setup ## the static CRIU that the binary embeds
 	@criu/build.sh target/criu/criu
 
-build: setup criu ## target/release/stillbox, one file
-	@cargo build --release --locked
+build: setup ## target/release/stillbox, one file
+	@scripts/build.sh
 
 test: setup-test build ## everything but the emulated machine: rules, wire, kernel, SDKs
 	@scripts/test.sh

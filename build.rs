@@ -31,7 +31,7 @@ fn embedded_agent(root: &Path) -> io::Result<String> {
 }
 
 fn own_agent(root: &Path) -> io::Result<PathBuf> {
-    let inputs = ["agent/src", "agent/proto", "agent/build.rs", "agent/Cargo.toml"].map(|input| root.join(input));
+    let inputs = ["agent/src", "agent/proto", "agent/build.rs", "agent/build.sh", "agent/Cargo.toml"].map(|input| root.join(input));
     for input in &inputs {
         println!("cargo::rerun-if-changed={}", input.display());
     }
@@ -46,7 +46,7 @@ fn own_agent(root: &Path) -> io::Result<PathBuf> {
             }
         }
         _ => {
-            build_agent(root, &triple, &target_dir)?;
+            build_agent(root, &triple)?;
             keep(&target_dir.join(&triple).join("agent/stillbox-agent"), &file, inputs.iter().filter_map(|input| newest(input)).max())?;
         }
     }
@@ -72,20 +72,8 @@ fn newest(path: &Path) -> Option<SystemTime> {
     inside.chain(metadata.modified().ok()).max()
 }
 
-/// One profile and one target folder of its own, whatever is being built around it: an agent of another hash would
-/// void every dump. With `--target`, the flags reach the agent and not the build scripts and macros of its crates.
-fn build_agent(root: &Path, triple: &str, target_dir: &Path) -> io::Result<()> {
-    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .current_dir(root)
-        .args(["build", "--quiet", "--locked", "--package", "stillbox-agent", "--bin", "stillbox-agent"])
-        .args(["--profile", "agent", "--target", triple, "--target-dir"])
-        .arg(target_dir)
-        .env_remove("RUSTC_WRAPPER")
-        .env_remove("RUSTC_WORKSPACE_WRAPPER")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .status()?;
-    match status.success() {
+fn build_agent(root: &Path, triple: &str) -> io::Result<()> {
+    match Command::new(root.join("agent/build.sh")).arg(triple).status()?.success() {
         true => Ok(()),
         false => Err(io::Error::other("the agent does not build; its errors are above")),
     }
