@@ -76,6 +76,9 @@ struct Shared {
 /// How often a lazy restore is asked whether it is complete; 1 GB takes some 400 ms.
 const FILL_LOOK_EVERY: Duration = Duration::from_millis(10);
 
+/// A process can keep whoever reads its memory map waiting for as long as it lives.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(30);
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Names the step of a sandbox's operation that an error happened in.
@@ -181,15 +184,25 @@ impl Runtime for Kernel {
     }
 
     async fn findings(&self, id: SandboxId) -> Result<Vec<Finding>, RuntimeError> {
-        let init = self.live(id)?.kernel.init.pid;
-        let found = self.blocking(move |shared| {
-            let folder = shared.layout.sandbox(id);
-            let mut findings = precheck::findings(init, fill::state(&folder.work())?, &shared.layout.volumes())?;
-            let missing = missing_in(&folder.root_mount())?;
-            findings.extend(missing.map(|path| precheck::missing(&path)));
-            Ok::<_, std::io::Error>(findings)
-        });
-        found.await.map_err(step(id, "looking for what cannot be dumped"))
+        let live = self.live(id)?;
+        let init = live.kernel.init.pid;
+        let looked = async {
+            // A look that nobody waits for any more goes on: never more of them than one.
+            let looking = Arc::clone(&live.looking).lock_owned().await;
+            let found = self.blocking(move |shared| {
+                let _looking = looking;
+                let folder = shared.layout.sandbox(id);
+                let mut findings = precheck::findings(init, fill::state(&folder.work())?, &shared.layout.volumes())?;
+                let missing = missing_in(&folder.root_mount())?;
+                findings.extend(missing.map(|path| precheck::missing(&path)));
+                Ok::<_, std::io::Error>(findings)
+            });
+            found.await
+        };
+        match tokio::time::timeout(LOOK_TIME_MAX, looked).await {
+            Ok(found) => found.map_err(step(id, "looking for what cannot be dumped")),
+            Err(_) => Ok(vec![precheck::unanswered(LOOK_TIME_MAX)]),
+        }
     }
 
     async fn dial(&self, id: SandboxId, port: u16) -> std::io::Result<tokio::net::TcpStream> {

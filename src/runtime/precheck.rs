@@ -23,6 +23,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// More findings than this help nobody.
 const FINDINGS_MAX: usize = 20;
@@ -70,6 +71,13 @@ pub(crate) fn never_restored(init: i32, volumes: &Path) -> io::Result<Vec<Findin
 /// A resume mounts the root anew and refuses one that lacks what it needs.
 pub fn missing(path: &Path) -> Finding {
     let reason = format!("has no plain /{} any more, which a resume needs; put it back", parse::printable(&path.to_string_lossy()));
+    Finding { pid: 1, command: "the sandbox".to_owned(), reason }
+}
+
+/// One of its processes keeps us from reading what it has: its memory map is locked for as long as it waits in the kernel
+/// for a file system that is served from inside.
+pub fn unanswered(time_max: Duration) -> Finding {
+    let reason = format!("could not be looked through within {} s: a process in it waits in the kernel, most often for a FUSE mount", time_max.as_secs());
     Finding { pid: 1, command: "the sandbox".to_owned(), reason }
 }
 

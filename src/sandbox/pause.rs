@@ -214,14 +214,15 @@ impl Driver {
         Ok(())
     }
 
-    /// Refuses before anything is touched: space, then what CRIU cannot write.
+    /// Refuses before anything is touched: space, then what CRIU cannot write. How long the looks take is for the sandbox
+    /// to say, so a kill does not wait for them.
     pub(super) async fn require_dumpable(&mut self, writing: Writing) -> Result<(), PauseFailure> {
         self.require_room(writing).await?;
         let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
         // A dump during a lazy restore's fill would silently lack pages.
-        self.serve_during(runtime.filled(id)).await?;
+        self.serve_until_killed(runtime.filled(id)).await.ok_or(PauseFailure::Gone)??;
         self.drop_used_dump();
-        let findings = self.serve_during(runtime.findings(id)).await?;
+        let findings = self.serve_until_killed(runtime.findings(id)).await.ok_or(PauseFailure::Gone)??;
         match (findings.is_empty(), self.is_killing()) {
             (_, true) => Err(PauseFailure::Gone),
             (true, false) => Ok(()),

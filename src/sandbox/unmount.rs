@@ -18,6 +18,8 @@ const SCRIPT: &str = r#"while read -r _ place kind _; do
     case $kind in fuse|fuse.*|fuseblk) umount -l "$(printf '%b' "$place")" && printf '%b\n' "$place";; esac
 done < /proc/mounts"#;
 const UNMOUNT_MAX: Duration = Duration::from_secs(5);
+/// What is read of the places.
+const PRINTED_MAX: usize = 64 << 10;
 /// Until the program behind a mount has noticed that it is gone.
 const SETTLE_MAX: Duration = Duration::from_secs(3);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -26,7 +28,8 @@ impl Driver {
     /// Takes FUSE mounts out of the way; what is left of them is found by the check before the dump.
     pub(super) async fn clear_fuse(&mut self) -> Result<(), RuntimeError> {
         let (runtime, id) = (Arc::clone(&self.core.runtime), self.id);
-        if !self.serve_during(runtime.findings(id)).await?.iter().any(is_fuse) {
+        let Some(findings) = self.serve_until_killed(runtime.findings(id)).await else { return Ok(()) };
+        if !findings?.iter().any(is_fuse) {
             return Ok(());
         }
         let unmounted = self.unmount_fuse().await;
@@ -43,7 +46,7 @@ impl Driver {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };
-        self.serve_during(settle).await
+        self.serve_until_killed(settle).await.unwrap_or(Ok(()))
     }
 
     /// The places that were unmounted. A failure is a finding that stays.
@@ -59,7 +62,8 @@ impl Driver {
             let command = Command { user: "root", cwd: "/", env: &env, script: SCRIPT };
             let mut keep = |piece: exec::Printed<'_>| {
                 if let exec::Printed::Stdout(bytes) = piece {
-                    printed.extend_from_slice(bytes);
+                    let room = PRINTED_MAX.saturating_sub(printed.len());
+                    printed.extend_from_slice(&bytes[..bytes.len().min(room)]);
                 }
             };
             let ran = tokio::time::timeout(UNMOUNT_MAX, exec::run(agent, command, Until::Ended, &mut keep)).await;

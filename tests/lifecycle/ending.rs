@@ -1,6 +1,6 @@
 //! Kill, timeouts, and sandboxes that end by themselves.
 
-use crate::world::World;
+use crate::world::{PATIENCE, World};
 use std::time::Duration;
 use stillbox::model::{EndReason, Keep, OnTimeout, SandboxState};
 use stillbox::runtime::fake::Verb;
@@ -154,4 +154,21 @@ async fn a_sandbox_whose_agent_dies_is_gone_with_the_reason_in_its_log() {
     crate::world::eventually("its disk is removed", || world.sandbox_folders() == 0).await;
     let lines = world.registry().logs(id, crate::watching::everything()).await.unwrap();
     assert!(lines.iter().any(|line| line.message.contains("out of memory")), "{lines:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_does_not_wait_for_a_look_at_the_sandbox() {
+    let world = World::new().await;
+    for verb in [Verb::Findings, Verb::Filled] {
+        let id = world.create().await.id;
+        let mut gate = world.fake.hold(verb);
+        let registry = world.registry();
+        let pause = tokio::spawn(async move { registry.pause(id, Keep::Memory).await });
+        gate.reached().await;
+        // It stays shut: a process inside can keep whoever looks waiting.
+        tokio::time::timeout(PATIENCE, world.registry().kill(id)).await.expect("the kill waits for the look").unwrap();
+        assert!(matches!(pause.await.unwrap(), Err(PauseError::Unknown(_))));
+        assert_eq!((world.fake.running(), world.sandbox_folders()), (vec![], 0));
+        drop(gate);
+    }
 }

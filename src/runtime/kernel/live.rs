@@ -20,6 +20,8 @@ pub(super) struct Live {
     /// Given back when this is dropped.
     pub(super) _uids: UidLease,
     exit: watch::Receiver<Option<Exit>>,
+    /// Held by whoever looks through its processes.
+    pub(super) looking: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Live {
@@ -55,7 +57,7 @@ impl Kernel {
             // Nobody may be interested any more.
             let _ = sender.send(Some(detail.unwrap_or_else(|_| Exit::unknown())));
         });
-        Some(Live { kernel, netns, _uids: uids, exit })
+        Some(Live { kernel, netns, _uids: uids, exit, looking: Arc::default() })
     }
 }
 
