@@ -1,6 +1,6 @@
 //! One HTTP/1.1 server per listener, with or without TLS, that sorts each request to a sandbox or the control plane.
 
-use super::severable::{Reset, Severable};
+use super::severable::{Ending, Severable};
 use super::{Proxy, ProxyBody, Sorted};
 use bytes::Bytes;
 use http::{Request, Response};
@@ -101,18 +101,18 @@ where
         tracing::debug!(error = &error as &dyn Error, "A client was gone before it was served");
         return;
     }
-    let (stream, reset) = Severable::new(stream);
+    let (stream, ending) = Severable::new(stream);
     match tls {
-        None => serve_connection(stream, reset, proxy, control, stop).await,
+        None => serve_connection(stream, ending, proxy, control, stop).await,
         Some(acceptor) => match tokio::time::timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => serve_connection(stream, reset, proxy, control, stop).await,
+            Ok(Ok(stream)) => serve_connection(stream, ending, proxy, control, stop).await,
             Ok(Err(error)) => tracing::debug!(error = &error as &dyn Error, "A TLS handshake failed"),
             Err(_too_slow) => tracing::debug!("A TLS handshake took longer than {HANDSHAKE_MAX:?}"),
         },
     }
 }
 
-async fn serve_connection<S, C, B>(stream: S, reset: Reset, proxy: Arc<Proxy>, control: C, mut stop: watch::Receiver<bool>)
+async fn serve_connection<S, C, B>(stream: S, ending: Ending, proxy: Arc<Proxy>, control: C, mut stop: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     C: Service<Request<Incoming>, Response = Response<B>, Error = Infallible> + Clone + Send + Sync + 'static,
@@ -121,7 +121,11 @@ where
     B::Error: Into<Box<dyn Error + Send + Sync>>,
 {
     let idle_max = proxy.config.client_idle_max;
-    let service = service_fn(move |request| answer(Arc::clone(&proxy), control.clone(), request));
+    let asked = ending.clone();
+    let service = service_fn(move |request: Request<Incoming>| {
+        asked.expect_upload(!request.body().is_end_stream());
+        answer(Arc::clone(&proxy), control.clone(), request)
+    });
     let mut http = http1::Builder::new();
     // hyper's timer for request heads runs between requests too, which makes it the limit for idle connections.
     http.timer(TokioTimer::new()).header_read_timeout(idle_max).preserve_header_case(true);
@@ -131,12 +135,14 @@ where
         ended = &mut connection => ended,
         () = stopped(&mut stop) => {
             connection.as_mut().graceful_shutdown();
+            // Clients that keep a connection do not look whether it was closed: nobody waits for them to close it too.
+            ending.expect_upload(false);
             connection.await
         }
     };
     if let Err(error) = ended {
         // An answer broke off, most often because its sandbox was killed or paused: the client has to notice.
-        reset.ask();
+        ending.reset();
         tracing::trace!(error = &error as &dyn Error, "A client connection broke");
     }
 }

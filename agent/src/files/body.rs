@@ -15,6 +15,8 @@ use crate::memory;
 const CHUNKS_MAX: usize = 4;
 /// How long an upload may send nothing. The SDKs set no deadline of their own on streamed uploads.
 const UPLOAD_IDLE_MAX: Duration = Duration::from_secs(300);
+/// How long the body of a refused request is read.
+const REFUSED_MAX: Duration = Duration::from_secs(10);
 
 /// What goes to the blocking side.
 enum Piece {
@@ -42,6 +44,13 @@ pub(crate) async fn consume<T: Send + 'static>(body: Body, work: impl FnOnce(Bod
     let (result, ()) = tokio::join!(blocking::run(move || work(reader)), feed(body, sender));
     memory::release_later();
     result
+}
+
+/// Reads the body of a request that is refused, for a while: who sends to a closed connection never sees the answer.
+pub(crate) async fn read_away(body: Body) {
+    let mut stream = body.into_data_stream();
+    let rest = async { while let Some(Ok(_unwanted)) = stream.next().await {} };
+    drop(tokio::time::timeout(REFUSED_MAX, rest).await);
 }
 
 async fn feed(body: Body, sender: mpsc::Sender<Piece>) {

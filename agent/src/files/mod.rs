@@ -86,23 +86,33 @@ async fn write(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Vec<Written>>, HttpError> {
-    let Query(parameters) = parameters.map_err(malformed)?;
-    let identity = agent.identity();
-    allow(&identity, &headers, &parameters, Operation::Write)?;
-    let upload = Upload {
-        user: auth::user_or(&identity, &headers, parameters.username.as_deref())?,
-        default_workdir: identity.default_workdir.clone(),
-        path: parameters.path,
-        kind: kind(&headers)?,
-        coding: encoding::of_content(text(&headers, CONTENT_ENCODING))
-            .map_err(|error| HttpError::bad_request(format!("error decompressing request body: {error}")))?,
-        metadata: metadata::parse(metadata_headers(&headers))
-            .map_err(|error| HttpError::bad_request(format!("invalid metadata: {error}")))?,
-        declared_bytes: text(&headers, CONTENT_LENGTH).and_then(|length| length.parse().ok()),
+    let upload = match upload(&agent.identity(), parameters, &headers) {
+        Ok(upload) => upload,
+        Err(refusal) => {
+            body::read_away(body).await;
+            return Err(refusal);
+        }
     };
     let work = move |body| upload.run(body, &|| agent.watchers.settle());
     let written = body::consume(body, work).await??;
     Ok(Json(written))
+}
+
+/// What the request says about its body, if its sender may write at all.
+fn upload(identity: &Identity, parameters: Result<Query<Parameters>, QueryRejection>, headers: &HeaderMap) -> Result<Upload, HttpError> {
+    let Query(parameters) = parameters.map_err(malformed)?;
+    allow(identity, headers, &parameters, Operation::Write)?;
+    Ok(Upload {
+        user: auth::user_or(identity, headers, parameters.username.as_deref())?,
+        default_workdir: identity.default_workdir.clone(),
+        path: parameters.path,
+        kind: kind(headers)?,
+        coding: encoding::of_content(text(headers, CONTENT_ENCODING))
+            .map_err(|error| HttpError::bad_request(format!("error decompressing request body: {error}")))?,
+        metadata: metadata::parse(metadata_headers(headers))
+            .map_err(|error| HttpError::bad_request(format!("invalid metadata: {error}")))?,
+        declared_bytes: text(headers, CONTENT_LENGTH).and_then(|length| length.parse().ok()),
+    })
 }
 
 async fn join(State(agent): State<Arc<Agent>>, headers: HeaderMap, body: axum::body::Bytes) -> Result<Json<Written>, HttpError> {
