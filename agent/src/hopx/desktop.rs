@@ -18,11 +18,14 @@ const NEEDED: [(&str, &str); 5] = [
     ("imagemagick", "convert"),
 ];
 
+/// Whether a folder of `path`, as in PATH, has the program.
+pub(super) fn is_there(path: &str, program: &str) -> bool {
+    path.split(':').filter(|folder| folder.starts_with('/')).any(|folder| Path::new(folder).join(program).is_file())
+}
+
 pub(super) async fn unavailable(State(agent): State<Arc<Agent>>) -> HopxError {
     let identity = agent.identity();
-    let folders: Vec<&str> = identity.path.split(':').filter(|folder| folder.starts_with('/')).collect();
-    let is_there = |program: &str| folders.iter().any(|folder| Path::new(folder).join(program).is_file());
-    let missing: Vec<&str> = NEEDED.iter().filter(|(_, program)| !is_there(program)).map(|(package, _)| *package).collect();
+    let missing: Vec<&str> = NEEDED.iter().filter(|(_, program)| !is_there(&identity.path, program)).map(|(package, _)| *package).collect();
     let lack = match missing.as_slice() {
         [] => String::new(),
         missing => format!("; this template also lacks {}", missing.join(", ")),

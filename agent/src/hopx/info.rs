@@ -10,6 +10,7 @@ use axum::response::IntoResponse;
 use serde_json::{Value, json};
 
 use super::counters::Counted;
+use super::desktop;
 use super::error::HopxError;
 use crate::logs::rfc3339;
 use crate::metrics;
@@ -29,7 +30,7 @@ pub(super) async fn health(State(agent): State<Arc<Agent>>) -> Json<Value> {
         "uptime": format!("{}s", counted.uptime.as_secs()),
         "uptime_seconds": counted.uptime.as_secs_f64(),
         "vm_id": agent.identity().sandbox_id,
-        "features": features(),
+        "features": features(&agent.identity().path),
     }))
 }
 
@@ -47,11 +48,15 @@ pub(super) async fn sessions(State(agent): State<Arc<Agent>>) -> Json<Value> {
     Json(json!({ "count": sessions.len(), "sessions": sessions, "timestamp": rfc3339(SystemTime::now()) }))
 }
 
-fn features() -> Value {
+/// `path` is where programs are looked for: a template without Node.js or Go runs none of theirs.
+fn features(path: &str) -> Value {
+    const LANGUAGES: [(&str, &str); 4] = [("python", "python3"), ("javascript", "node"), ("bash", "bash"), ("go", "go")];
+    let languages: Vec<&str> =
+        LANGUAGES.iter().filter(|(_, program)| desktop::is_there(path, program)).map(|(language, _)| *language).collect();
     json!({
         "code_execution": true, "file_operations": true, "terminal_access": true, "websocket_streaming": true,
         "background_jobs": true, "system_metrics": true, "desktop": false,
-        "languages": ["python", "javascript", "bash", "go"],
+        "languages": languages,
     })
 }
 
@@ -65,7 +70,7 @@ pub(super) async fn info(State(agent): State<Arc<Agent>>) -> Json<Value> {
         "arch": std::env::consts::ARCH,
         "start_time": rfc3339(counted.started_at),
         "uptime": counted.uptime.as_secs_f64(),
-        "features": features(),
+        "features": features(&agent.identity().path),
         "endpoints": {
             "health": "GET /health", "execute": "POST /execute", "background": "POST /execute/background",
             "commands": "POST /commands/run", "files": "GET /files/list", "env": "GET /env",

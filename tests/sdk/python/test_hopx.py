@@ -317,6 +317,8 @@ def test_code_runs_in_the_background_and_is_killed(shared):
 def test_other_languages_run(shared):
     assert shared.run_code("console.log([1, 2].map((x) => x * 2).join())", language="javascript").stdout == "2,4\n"
     assert shared.run_code("for i in 1 2; do echo $i; done; cat", language="bash").stdout == "1\n2\n"
+    # What is not in the template is not promised either.
+    assert shared.get_agent_info()["features"]["languages"] == ["python", "javascript", "bash"]
 
 
 def test_output_is_streamed_as_it_comes(shared):
