@@ -17,7 +17,7 @@ use crate::template::{self, Resolved, Templates, Thoroughness};
 use crate::volume::{self, Volumes, VolumesMeans};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -207,6 +207,8 @@ async fn collect_layers(templates: Templates) {
 fn start_logging(config: &Config) {
     let filter = tracing_subscriber::EnvFilter::new(&config.log);
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // Colours are for terminals: in a file and in the journal they are noise that no search matches.
+    let logs = if io::stderr().is_terminal() { logs } else { logs.with_ansi(false) };
     // A second call in one process (tests) keeps the first subscriber.
     let _first_wins = match config.log_format {
         LogFormat::Text => logs.with_target(false).try_init(),

@@ -98,7 +98,7 @@ impl Default for Config {
             data_dir: PathBuf::from("/var/lib/stillbox"),
             listen: Listen::loopback(3000),
             tls_listen: Listen::loopback(3443),
-            domain: "stillbox.localhost:3443".to_owned(),
+            domain: default_domain(3443),
             api_key: None,
             log: "info".to_owned(),
             log_format: LogFormat::Text,
@@ -190,6 +190,7 @@ impl Sources {
     }
 }
 
+const DOMAIN_NAME: &str = "stillbox.localhost";
 const PREFIX: &str = "STILLBOX_";
 /// Variables of ours that are no configuration keys: the file's path, the client's address, what builds and tests of this repo read.
 const NOT_KEYS: [&str; 11] = [
@@ -210,8 +211,9 @@ impl Config {
     /// Puts the sources together. Every problem of every source is reported, not the first.
     pub fn load(sources: &Sources) -> Result<Self, ConfigErrors> {
         let mut config = Self { failpoint: sources.failpoint.clone(), ..Self::default() };
-        let mut problems = Vec::new();
+        let (mut problems, mut names_domain) = (Vec::new(), false);
         let mut apply = |origin: String, key: &str, value: &Value| {
+            names_domain |= key == "domain";
             if let Err(what) = keys::set(&mut config, key, value) {
                 problems.push(Problem { origin, what });
             }
@@ -239,6 +241,9 @@ impl Config {
         }
         for (key, text) in &sources.flags {
             apply(format!("flag {key}"), key, &Value::Text(text.clone()));
+        }
+        if !names_domain {
+            config.domain = default_domain(config.tls_listen.port());
         }
         config.sandbox.data_dir.clone_from(&config.data_dir);
         config.template.data_dir.clone_from(&config.data_dir);
@@ -276,6 +281,16 @@ impl Config {
             });
         }
         found
+    }
+}
+
+/// Below what name sandboxes are found when nobody says it: their URLs have to lead to the port that is listened on.
+fn default_domain(tls_port: u16) -> String {
+    match tls_port {
+        443 => DOMAIN_NAME.to_owned(),
+        // A port that the kernel is to choose is not known yet.
+        0 => format!("{DOMAIN_NAME}:3443"),
+        port => format!("{DOMAIN_NAME}:{port}"),
     }
 }
 
@@ -352,6 +367,17 @@ mod tests {
         assert!(text.contains("variable STILLBOX_COLOUR: there is no such setting"), "{text}");
         assert!(text.contains("variable STILLBOX_LISTEN: 'nowhere' is not an address"), "{text}");
         assert!(text.contains("flag sandbox.timeout_max: 'soon' is not a duration"), "{text}");
+    }
+
+    #[test]
+    fn urls_lead_to_the_port_that_is_listened_on_unless_a_domain_is_set() {
+        let domain = |flags: &[(&str, &str)]| {
+            let flags = flags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            Config::load(&Sources { flags, ..Sources::default() }).unwrap().domain
+        };
+        assert_eq!(domain(&[("tls_listen", "localhost:4443")]), "stillbox.localhost:4443");
+        assert_eq!(domain(&[("tls_listen", "localhost:443")]), "stillbox.localhost");
+        assert_eq!(domain(&[("tls_listen", "0.0.0.0:4443"), ("domain", "stillbox.localhost:3443")]), "stillbox.localhost:3443");
     }
 
     #[test]

@@ -80,7 +80,6 @@ class Server:
             f"--data-dir={self.data_dir}",
             f"--listen=localhost:{self.port}",
             f"--tls-listen=localhost:{self.tls_port}",
-            f"--domain=stillbox.localhost:{self.tls_port}",
             *settings,
             *arguments,
         ]
