@@ -15,10 +15,22 @@ fn main() -> ExitCode {
     {
         return stillbox::runtime::helper::main::main(&verb.to_string_lossy(), arguments);
     }
+    end_quietly_without_a_reader();
     // A link of this name is Novita's command line.
     let called = std::env::args_os().next().unwrap_or_default();
     if Path::new(&called).file_name().is_some_and(|name| name == stillbox::cli::NOVITA_NAME) {
         return stillbox::cli::run_novita(stillbox::cli::NovitaArguments::parse());
     }
     stillbox::cli::run(stillbox::cli::Arguments::parse())
+}
+
+/// Who reads us through `head` has seen enough: `println!` panics then, which runs the guards, and needs no trace.
+fn end_quietly_without_a_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if !(said.starts_with("failed printing to ") && said.contains("Broken pipe")) {
+            usual(panic);
+        }
+    }));
 }

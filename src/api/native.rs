@@ -83,6 +83,7 @@ async fn disk(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
             json!({
                 "snapshotID": dump.snapshot.as_str(),
                 "sandboxID": dump.sandbox.as_str(),
+                "keptFor": dump.kept_for.as_ref().map(ToString::to_string),
                 "memoryBytes": dump.memory.bytes(),
                 "diskBytes": dump.disk.bytes(),
                 "createdAt": dump.created_at.format(&Rfc3339).unwrap_or_default(),

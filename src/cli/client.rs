@@ -11,7 +11,7 @@ use stillbox_agent::wire::AGENT_PORT;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No key anywhere.
-    #[error("no API key: {path} cannot be read ({source}); start the server once, run as its user, or give --api-key")]
+    #[error("no API key: {path} cannot be read; start the server once, run as its user, or give --api-key")]
     NoKey {
         /// Where the server keeps it.
         path: PathBuf,

@@ -2,7 +2,7 @@
 
 use super::Outcome;
 use super::client::Client;
-use super::output::table;
+use super::output::{harmless, table};
 use crate::config::Config;
 use crate::model::ByteSize;
 use serde::Deserialize;
@@ -31,8 +31,7 @@ struct Host {
 struct Dump {
     #[serde(rename = "snapshotID")]
     snapshot_id: String,
-    #[serde(rename = "sandboxID")]
-    sandbox_id: String,
+    kept_for: Option<String>,
     memory_bytes: u64,
     disk_bytes: u64,
     created_at: String,
@@ -48,7 +47,7 @@ pub(super) fn df(config: &Config) -> Outcome {
         .map(|dump| {
             vec![
                 dump.snapshot_id.clone(),
-                dump.sandbox_id.clone(),
+                dump.kept_for.as_deref().map_or_else(|| "nothing any more".to_owned(), harmless),
                 ByteSize(dump.memory_bytes).to_string(),
                 ByteSize(dump.disk_bytes).to_string(),
                 dump.created_at.clone(),
@@ -56,7 +55,7 @@ pub(super) fn df(config: &Config) -> Outcome {
             ]
         })
         .collect();
-    println!("{}", table(&["DUMP", "OF SANDBOX", "MEMORY", "DISK", "TAKEN", "SYNCED"], &rows));
+    println!("{}", table(&["DUMP", "KEPT FOR", "MEMORY", "DISK", "TAKEN", "SYNCED"], &rows));
     println!("{} of {} (snapshots.disk_bytes_max)", ByteSize(disk.used_bytes), ByteSize(disk.limit_bytes));
     if let Some(volumes) = super::volume::taken(&client)? {
         println!("{volumes}");

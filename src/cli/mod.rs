@@ -34,6 +34,7 @@ pub struct Arguments {
 
 /// Settings common to all subcommands; the same names as in config/stillbox.toml.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Settings")]
 struct Settings {
     /// Configuration file [default: $STILLBOX_CONFIG, else /etc/stillbox/stillbox.toml if it is there]
     #[arg(long, global = true, value_name = "FILE")]
@@ -47,7 +48,7 @@ struct Settings {
     /// HTTPS address [default: localhost:3443]
     #[arg(long, global = true, value_name = "ADDRESS")]
     tls_listen: Option<String>,
-    /// What sandboxes' URLs end in [default: stillbox.localhost:3443]
+    /// What sandboxes' URLs end in [default: stillbox.localhost with the port of tls_listen]
     #[arg(long, global = true, value_name = "DOMAIN")]
     domain: Option<String>,
     /// The key clients send [default: the one in the data folder]

@@ -120,6 +120,21 @@ struct Sandbox {
     #[serde(default)]
     metadata: Option<BTreeMap<String, String>>,
     envd_access_token: Option<String>,
+    lifecycle: Option<Lifecycle>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Lifecycle {
+    #[serde(default)]
+    auto_resume: bool,
+}
+
+impl Sandbox {
+    /// Whether it is paused and a request would not wake it.
+    fn is_asleep(&self) -> bool {
+        self.state == "paused" && !self.lifecycle.as_ref().is_some_and(|lifecycle| lifecycle.auto_resume)
+    }
 }
 
 pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
@@ -128,8 +143,11 @@ pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
         SandboxCommand::Ls { state, form } => list(&client, state.as_deref(), form),
         SandboxCommand::Create(arguments) => create(&client, &arguments),
         SandboxCommand::Exec(arguments) => {
-            let token = token_of(&client, &arguments.id)?;
-            let target = Target { id: arguments.id.clone(), token, user: arguments.user.clone() };
+            let sandbox: Sandbox = client.get(&format!("/sandboxes/{}", segment(&arguments.id)))?;
+            if sandbox.is_asleep() {
+                return Err(format!("sandbox {0} is paused; `stillbox sandbox resume {0}` lets it go on", sandbox.sandbox_id).into());
+            }
+            let target = Target { id: arguments.id.clone(), token: sandbox.envd_access_token, user: arguments.user.clone() };
             exec::run(&client, &target, &arguments)
         }
         SandboxCommand::Info { id, form } => info(&client, &id, form),
@@ -154,11 +172,6 @@ pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
 /// A call on one sandbox.
 fn call(id: &str, verb: &str) -> String {
     format!("/sandboxes/{}{verb}", segment(id))
-}
-
-/// What an agent wants to hear from callers.
-fn token_of(client: &Client, id: &str) -> Result<Option<String>, super::ClientError> {
-    Ok(client.get::<Sandbox>(&format!("/sandboxes/{}", segment(id)))?.envd_access_token)
 }
 
 /// One path segment: everything but the unreserved characters percent-encoded.

@@ -87,7 +87,7 @@ pub(super) fn run(config: &Config, command: TemplateCommand) -> Outcome {
     match command {
         TemplateCommand::Ls { form } => list(&Client::new(config)?, form),
         TemplateCommand::Build { what, arguments } => match is_built_in(&what) && arguments.file.is_none() {
-            true => made(config, &what).map(|_| ExitCode::SUCCESS),
+            true => make_built_in(config, &what),
             false => build::run(&Client::new(config)?, Path::new(&what), &arguments),
         },
         TemplateCommand::Logs { template, build } => build::logs(&Client::new(config)?, &template, build.as_deref()),
@@ -104,6 +104,17 @@ fn is_built_in(name: &str) -> bool {
 fn made(config: &Config, name: &str) -> Result<Manifest, Box<dyn std::error::Error>> {
     let recipe = Recipe::built_in(name)?;
     Ok(bootstrap::ensure(&recipe, &config.template, &|line: &str| eprintln!("template: {line}"))?)
+}
+
+/// A server that runs is told, so that it lists the template from now on; another finds it when it starts.
+fn make_built_in(config: &Config, name: &str) -> Outcome {
+    let manifest = made(config, name)?;
+    match Client::new(config).and_then(|client| client.post_empty("/stillbox/templates", &json!(manifest))) {
+        Ok(()) | Err(ClientError::Unreachable { .. } | ClientError::NoKey { .. }) => {}
+        // It is made all the same: whose server this is, and whether it wants to know, does not change that.
+        Err(error) => eprintln!("template: the server at {} was not told: {error}", config.listen),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn remove(client: &Client, templates: &[String]) -> Outcome {
@@ -200,6 +211,6 @@ fn list(client: &Client, form: Form) -> Outcome {
             row.spawn_count.to_string(),
         ]);
     }
-    println!("{}", table(&["TEMPLATE", "NAMES", "BUILD", "LIMITS", "CREATED", "SANDBOXES"], &cells));
+    println!("{}", table(&["TEMPLATE", "NAMES", "BUILD", "LIMITS", "CREATED", "SANDBOXES MADE"], &cells));
     Ok(ExitCode::SUCCESS)
 }

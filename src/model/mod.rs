@@ -14,8 +14,8 @@ mod volume;
 pub use ids::{BuildId, InstanceId, ParseIdError, SandboxId, SecretId, SnapshotId, TemplateId, VolumeId};
 pub use network::{EgressProxy, EgressTarget, HeaderRule, NetworkPolicy, ParseTargetError, PublicTraffic};
 pub use record::{
-    BuildFailure, BuildRecord, BuildSource, BuildState, DumpKey, EndReason, EventKind, EventRecord, FailureKind, Fit, KernelRef, LogEntry,
-    LogLevel, MetricPoint, ProcessRef, SandboxRecord, SnapshotRecord, TemplateRecord,
+    BuildFailure, BuildRecord, BuildSource, BuildState, DumpKey, EndReason, EventKind, EventRecord, FailureKind, Fit, Keeper, KernelRef,
+    LogEntry, LogLevel, MetricPoint, ProcessRef, SandboxRecord, SnapshotRecord, TemplateRecord,
 };
 pub use secret::SecretRecord;
 pub use size::{ByteSize, ParseSizeError};

@@ -2,6 +2,7 @@
 
 use super::{AutoResume, BuildId, ByteSize, Keep, Resources, SandboxId, SandboxSpec, SandboxState, SnapshotId, TemplateId, VolumeMount};
 use std::collections::BTreeMap;
+use std::fmt;
 use time::OffsetDateTime;
 
 /// A process that is still the one we mean: pids are reused, a pid with its start time is not.
@@ -261,6 +262,24 @@ impl DumpKey {
             .map(|(what, then, now)| format!("{what} {then}, now {now}"))
             .collect::<Vec<_>>();
         if changed.is_empty() { Fit::Same } else { Fit::Likely { change: changed.join("; ") } }
+    }
+}
+
+/// Who needs a dump.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Keeper {
+    /// A build of the template of this name (its id if it has none): a snapshot, or what creates are restored from.
+    Template(String),
+    /// This paused sandbox.
+    Sandbox(SandboxId),
+}
+
+impl fmt::Display for Keeper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Template(name) => write!(f, "template {name}"),
+            Self::Sandbox(id) => write!(f, "sandbox {id}"),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::core::Core;
 use super::error::StoreFailure;
-use crate::model::{ByteSize, SandboxId, SnapshotId};
+use crate::model::{ByteSize, Keeper, SandboxId, SnapshotId};
 use crate::runtime::Room;
 use crate::store::snapshots;
 use time::OffsetDateTime;
@@ -14,6 +14,8 @@ pub struct DumpUse {
     pub snapshot: SnapshotId,
     /// The sandbox that was dumped; it may be gone.
     pub sandbox: SandboxId,
+    /// Who needs it; nobody any more where it goes with the next housekeeping.
+    pub kept_for: Option<Keeper>,
     /// Bytes of memory images.
     pub memory: ByteSize,
     /// Bytes of its copy of the disk; none for a pause, whose disk stays with the sandbox.
@@ -38,13 +40,14 @@ pub struct DiskUse {
 }
 
 pub(super) async fn disk_use(core: &Core) -> Result<DiskUse, StoreFailure> {
-    let records = core.store.read(snapshots::all).await?;
+    let (records, mut keepers) = core.store.read(|db| Ok((snapshots::all(db)?, snapshots::keepers(db)?))).await?;
     let used = records.iter().map(|record| record.memory_bytes.bytes() + record.disk_bytes.bytes()).sum();
     let mut dumps: Vec<DumpUse> = records
         .into_iter()
         .map(|record| DumpUse {
             snapshot: record.id,
             sandbox: record.sandbox,
+            kept_for: keepers.remove(&record.id),
             memory: record.memory_bytes,
             disk: record.disk_bytes,
             created_at: record.created_at,

@@ -2,8 +2,9 @@
 
 use super::value::{json_in, micros, parsed_in, signed, time_in, to_json, unsigned_in};
 use super::{Db, StoreError};
-use crate::model::{ByteSize, SnapshotId, SnapshotRecord};
+use crate::model::{ByteSize, Keeper, SnapshotId, SnapshotRecord};
 use rusqlite::{OptionalExtension, Row, params};
+use std::collections::BTreeMap;
 
 const COLUMNS: &str = "id, sandbox, key_json, control_secret, memory_bytes, disk_bytes, created_at, synced, \
      (SELECT json_group_array(json_object('volume', v.id, 'name', v.name, 'path', m.path) ORDER BY m.path) \
@@ -77,6 +78,20 @@ pub fn remove(db: &Db<'_>, id: SnapshotId) -> Result<(), StoreError> {
     db.0.prepare_cached("UPDATE builds SET dump = NULL WHERE dump = ?1")?.execute([id.as_str()])?;
     db.0.prepare_cached("DELETE FROM snapshots WHERE id = ?1")?.execute([id.as_str()])?;
     Ok(())
+}
+
+/// Why each dump is kept; those that nothing needs any more are absent.
+pub fn keepers(db: &Db<'_>) -> Result<BTreeMap<SnapshotId, Keeper>, StoreError> {
+    let sql = "SELECT dump AS id, coalesce((SELECT alias FROM template_aliases a WHERE a.template = b.template \
+               ORDER BY position LIMIT 1), template) AS template, NULL AS sandbox FROM builds b WHERE dump IS NOT NULL \
+               UNION ALL SELECT snapshot, NULL, id FROM sandboxes WHERE snapshot IS NOT NULL AND state NOT IN ('killed', 'failed')";
+    let mut statement = db.0.prepare_cached(sql)?;
+    let rows = statement.query_map([], |row| {
+        let id = parsed_in(row, "id");
+        let template: Option<String> = row.get("template")?;
+        Ok((id, template.map_or_else(|| parsed_in(row, "sandbox").map(Keeper::Sandbox), |name| Ok(Keeper::Template(name)))))
+    })?;
+    rows.map(|row| row.map_err(StoreError::from).and_then(|(id, keeper)| Ok((id?, keeper?)))).collect()
 }
 
 /// Dumps that no paused sandbox and no build needs any more.

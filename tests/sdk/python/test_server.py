@@ -8,7 +8,7 @@ import time
 
 import pytest
 from e2b import Sandbox
-from server import Server, free_port
+from server import ENVIRONMENT, Server, free_port
 
 
 @pytest.fixture
@@ -108,6 +108,14 @@ def test_a_busy_port_and_an_unknown_setting_say_what_to_do(own_server):
     other.remove()
 
 
+def test_output_that_nobody_reads_to_its_end_ends_without_a_trace(server):
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(server.command("doctor"), stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=ENVIRONMENT)
+    os.close(writing)
+    assert "panicked" not in result.stderr, result.stderr
+
+
 def test_no_other_test_process_is_given_a_port_of_ours():
     ours = free_port()
     ask = f"import server; server.PORTS = range({ours}, {ours + 1}); server.free_port()"
@@ -155,6 +163,9 @@ def test_after_a_stop_nothing_of_an_idle_server_is_left(own_server):
 
 
 def test_the_command_line_does_what_the_sdk_does(own_server):
+    # No domain is set, and a log in a file has no colours.
+    assert own_server.environment()["E2B_DOMAIN"] == f"stillbox.localhost:{own_server.tls_port}"
+    assert "Serving" in own_server.log() and "\x1b" not in own_server.log()
     identity = own_server.cli("sandbox", "create", "base", "--timeout", "120", "--env", "A=b").stdout.strip()
     result = own_server.cli("sandbox", "exec", identity, "--", "sh", "-c", "echo $A; echo err >&2; exit 7", check=False)
     assert (result.returncode, result.stdout, result.stderr) == (7, "b\n", "err\n")
@@ -163,6 +174,11 @@ def test_the_command_line_does_what_the_sdk_does(own_server):
     assert identity in own_server.cli("sandbox", "ls").stdout
     assert "running" in own_server.cli("sandbox", "info", identity).stdout
     assert "base" in own_server.cli("template", "ls").stdout
+    own_server.cli("sandbox", "pause", identity)
+    result = own_server.cli("sandbox", "exec", identity, "--", "true", check=False)
+    assert result.returncode != 0 and f"sandbox {identity} is paused; `stillbox sandbox resume {identity}`" in result.stderr
+    kept = own_server.cli("df").stdout
+    assert f"sandbox {identity} " in kept and "template base " in kept, kept
     own_server.cli("sandbox", "kill", identity)
     assert identity not in own_server.cli("sandbox", "ls").stdout
     result = own_server.cli("sandbox", "info", identity, check=False)
