@@ -210,7 +210,7 @@ impl Volumes {
             self.remove_storage(id).await;
             return Err(error);
         }
-        tracing::info!(volume = %id, "Created volume {id}");
+        tracing::info!(volume = %id, "Created volume {id} ({})", record.name);
         self.info(record).await
     }
 
@@ -273,7 +273,7 @@ impl Volumes {
             return Err(ChangeError::InUse { name, sandboxes: users.sandboxes, snapshots: users.snapshots });
         }
         self.remove_storage(id).await;
-        tracing::info!(volume = %id, "Removed volume {id}");
+        tracing::info!(volume = %id, "Removed volume {id} ({name})");
         Ok(())
     }
 

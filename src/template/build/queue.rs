@@ -187,7 +187,7 @@ impl Inner {
     }
 
     async fn work(&self, build: BuildRecord, plan: Plan, mut stopped: watch::Receiver<Option<Stop>>) {
-        let id = build.id;
+        let (id, template) = (build.id, build.template);
         let log = BuildLog::of(&self.means.store, id);
         let stop = async {
             let why = stopped.wait_for(Option::is_some).await.ok().and_then(|why| *why);
@@ -200,7 +200,7 @@ impl Inner {
             outcome = self.wait_and_run(&log, build, plan) => outcome,
         };
         if let Err(failure) = outcome {
-            tracing::info!(build = %id, step = failure.step, "Build {id} failed: {}", failure.message);
+            tracing::info!(build = %id, %template, step = failure.step, "Build {id} of template {template} failed: {}", failure.message);
             let message = format!("Build failed: {}", failure.message);
             match &failure.step {
                 Some(step) => log.say_of(step, LogLevel::Error, message),
