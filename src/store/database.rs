@@ -2,6 +2,9 @@
 
 use super::{Db, StoreError, migrate};
 use rusqlite::{Connection, OpenFlags};
+use std::fs::{self, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +43,7 @@ pub(super) struct Database {
 
 impl Database {
     pub(super) fn open(file: PathBuf, migrations: &[&str], durability: Durability) -> Result<Self, StoreError> {
+        make_private(&file).map_err(|source| StoreError::File { file: file.clone(), source })?;
         let failed = |source: rusqlite::Error| in_file(&file, source);
         let mut connection = Connection::open(&file).map_err(failed)?;
         prepare(&connection, durability).map_err(failed)?;
@@ -139,6 +143,23 @@ impl Drop for Database {
 
 fn lock(readers: &Mutex<Vec<Connection>>) -> std::sync::MutexGuard<'_, Vec<Connection>> {
     readers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Rows hold the values of secrets, and the data folder may be one that others may enter. SQLite gives the files beside
+/// a database the database's own mode; those that a server left when it was killed may be of before that.
+fn make_private(file: &Path) -> io::Result<()> {
+    let private = || Permissions::from_mode(0o600);
+    let database = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(file)?;
+    database.set_permissions(private())?;
+    for suffix in ["-wal", "-shm"] {
+        let mut beside = file.as_os_str().to_owned();
+        beside.push(suffix);
+        match fs::set_permissions(beside, private()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn prepare(connection: &Connection, durability: Durability) -> rusqlite::Result<()> {
@@ -245,6 +266,21 @@ mod tests {
 
     async fn count(database: &Database) -> i64 {
         database.read(|db| Ok(db.0.query_row("SELECT count(*) FROM numbers", [], |row| row.get(0))?)).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_database_is_its_owners_alone_also_one_of_before_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |name: &str| fs::metadata(dir.path().join(name)).unwrap().permissions().mode() & 0o777;
+        for _ in 0..2 {
+            let database = open(&dir);
+            database.write(insert(1)).await.ok();
+            for name in ["test.db", "test.db-wal", "test.db-shm"] {
+                assert_eq!(mode(name), 0o600, "{name}");
+            }
+            drop(database);
+            fs::set_permissions(dir.path().join("test.db"), Permissions::from_mode(0o644)).unwrap();
+        }
     }
 
     #[tokio::test]
