@@ -4,7 +4,7 @@
 use crate::model::ByteSize;
 use nix::sys::statvfs::statvfs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Names and attributes that are held in memory while a layer is made: of four million files with long paths.
 const HELD_MAX: ByteSize = ByteSize::mib(512);
@@ -15,18 +15,18 @@ const BLOCK: ByteSize = ByteSize(4096);
 
 /// The host's disk, as it is filled: what `runtime.disk_free_min` keeps free is nobody's.
 #[derive(Debug)]
-pub(super) struct HostRoom<'a> {
-    folder: &'a Path,
+pub(super) struct HostRoom {
+    folder: PathBuf,
     free_min: ByteSize,
     /// Since the last look.
     taken: u64,
 }
 
-impl<'a> HostRoom<'a> {
+impl HostRoom {
     /// Of the disk that `folder` lies on.
-    pub(super) fn of(folder: &'a Path, free_min: ByteSize) -> Self {
+    pub(super) fn of(folder: &Path, free_min: ByteSize) -> Self {
         // The first look is at once.
-        Self { folder, free_min, taken: LOOK_EVERY.bytes() }
+        Self { folder: folder.to_owned(), free_min, taken: LOOK_EVERY.bytes() }
     }
 
     /// Asks for room for so many bytes, of one file; an error when less than the floor would be left.
@@ -36,7 +36,7 @@ impl<'a> HostRoom<'a> {
             return Ok(());
         }
         self.taken = 0;
-        let space = statvfs(self.folder)?;
+        let space = statvfs(&self.folder)?;
         let (free, floor) = (ByteSize(space.blocks_available() * space.fragment_size()), self.free_min);
         if free.bytes() >= floor.bytes().saturating_add(bytes) {
             return Ok(());

@@ -198,7 +198,7 @@ struct Target<'a> {
     /// Bytes of what is left out: they are no file's, and have an end as well.
     passed_over: u64,
     held: Held,
-    room: HostRoom<'a>,
+    room: HostRoom,
 }
 
 impl<'a> Target<'a> {
@@ -428,12 +428,12 @@ impl<'a> Target<'a> {
 }
 
 /// A file that is written as long as the host's disk has room.
-struct Watched<'f, 'a> {
+struct Watched<'r> {
     file: fs::File,
-    room: &'f mut HostRoom<'a>,
+    room: &'r mut HostRoom,
 }
 
-impl Write for Watched<'_, '_> {
+impl Write for Watched<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.room.take(bytes.len() as u64)?;
         self.file.write(bytes)

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 /// One journey from layers to a new one.
 #[derive(Debug)]
-pub(super) struct Copier<'a> {
+pub(super) struct Copier {
     /// By which path an inode with several names was copied first.
     links: HashMap<(u64, u64), PathBuf>,
     limits: UnpackLimits,
@@ -25,12 +25,12 @@ pub(super) struct Copier<'a> {
     bytes: u64,
     entries: u64,
     held: Held,
-    room: HostRoom<'a>,
+    room: HostRoom,
 }
 
-impl<'a> Copier<'a> {
+impl Copier {
     /// Copies so much to the disk that `folder` lies on.
-    pub(super) fn within(limits: UnpackLimits, folder: &'a Path) -> Self {
+    pub(super) fn within(limits: UnpackLimits, folder: &Path) -> Self {
         let room = HostRoom::of(folder, limits.free_min);
         Self { links: HashMap::new(), limits, bytes: 0, entries: 0, held: Held::default(), room }
     }

@@ -67,7 +67,7 @@ impl Beneath {
 
 struct Harvest<'a> {
     lower: &'a View,
-    copier: Copier<'a>,
+    copier: Copier,
 }
 
 impl Harvest<'_> {

@@ -24,7 +24,7 @@ pub(super) fn merged(data_dir: &Path, layers: &[String], limits: UnpackLimits) -
 }
 
 /// Fills `target` with what the folders have, top first.
-fn merge(parts: &[PathBuf], target: &Path, copier: &mut Copier<'_>) -> Result<(), LayerError> {
+fn merge(parts: &[PathBuf], target: &Path, copier: &mut Copier) -> Result<(), LayerError> {
     for name in all_names(parts)? {
         let target = target.join(&name);
         let Some(found) = Topmost::of(parts, &name)? else { continue };

@@ -61,7 +61,7 @@ impl Builds {
     /// Ends what an earlier server left under way, forgets what is too old.
     pub async fn open(means: BuildsMeans) -> Result<Self, StoreError> {
         let BuildsMeans { config, templates_config, templates, store, registry, key, resources } = means;
-        let uploads = Uploads::of(&templates_config.data_dir, config.upload_bytes_max);
+        let uploads = Uploads::of(&templates_config.data_dir, config.upload_bytes_max, templates_config.limits.free_min);
         let means = Means { config: Arc::new(templates_config), store, registry, templates, uploads, step_time_max: config.step_time_max };
         let places = Semaphore::new(usize::try_from(config.at_once).unwrap_or(usize::MAX));
         let inner = Inner { means, config, key, resources, places, running: Default::default(), tasks: Default::default() };

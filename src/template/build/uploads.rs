@@ -4,6 +4,7 @@
 //! client's own sum over names and contents, not the archive's: it names, it proves nothing. What is in an archive is
 //! only looked at inside a build's sandbox.
 
+use super::super::allowance::HostRoom;
 use super::plan::is_files_hash;
 use crate::model::{ByteSize, TemplateId};
 use std::io;
@@ -33,11 +34,13 @@ pub enum UploadError {
 pub(super) struct Uploads {
     folder: PathBuf,
     bytes_max: ByteSize,
+    /// Of the host's disk: `runtime.disk_free_min`.
+    free_min: ByteSize,
 }
 
 impl Uploads {
-    pub(super) fn of(data_dir: &Path, bytes_max: ByteSize) -> Self {
-        Self { folder: data_dir.join("uploads"), bytes_max }
+    pub(super) fn of(data_dir: &Path, bytes_max: ByteSize, free_min: ByteSize) -> Self {
+        Self { folder: data_dir.join("uploads"), bytes_max, free_min }
     }
 
     /// Where the archive is, or would be.
@@ -55,7 +58,8 @@ impl Uploads {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).await?;
         let aside = Aside(folder.join(format!("{}.part", uuid::Uuid::new_v4().simple())));
         let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside.0).await?;
-        Ok(Upload { file, aside, place, left: self.bytes_max.bytes(), limit: self.bytes_max })
+        let room = HostRoom::of(&folder, self.free_min);
+        Ok(Upload { file, aside, place, left: self.bytes_max.bytes(), limit: self.bytes_max, room })
     }
 
     /// Links an archive of one template to another, unless that has it or the first has not.
@@ -98,6 +102,7 @@ pub struct Upload {
     place: PathBuf,
     left: u64,
     limit: ByteSize,
+    room: HostRoom,
 }
 
 impl Upload {
@@ -105,6 +110,7 @@ impl Upload {
     pub async fn write(&mut self, piece: &[u8]) -> Result<(), UploadError> {
         let left = self.left.checked_sub(piece.len() as u64);
         self.left = left.ok_or(UploadError::TooLarge { limit: self.limit })?;
+        self.room.take(piece.len() as u64)?;
         Ok(self.file.write_all(piece).await?)
     }
 
@@ -134,7 +140,7 @@ mod tests {
     #[tokio::test]
     async fn an_archive_is_there_when_all_of_it_came_and_not_before() {
         let folder = tempfile::tempdir().unwrap();
-        let (uploads, template, hash) = (Uploads::of(folder.path(), ByteSize(10)), TemplateId::random(), "AB".repeat(32));
+        let (uploads, template, hash) = (Uploads::of(folder.path(), ByteSize(10), ByteSize(0)), TemplateId::random(), "AB".repeat(32));
         let place = uploads.place(template, &hash).unwrap();
         let mut upload = uploads.begin(template, &hash).await.unwrap();
         upload.write(b"12345").await.unwrap();
@@ -149,7 +155,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_too_large_or_breaks_off_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let (uploads, template, hash) = (Uploads::of(folder.path(), ByteSize(10)), TemplateId::random(), "ab".repeat(32));
+        let (uploads, template, hash) = (Uploads::of(folder.path(), ByteSize(10), ByteSize(0)), TemplateId::random(), "ab".repeat(32));
         let mut upload = uploads.begin(template, &hash).await.unwrap();
         upload.write(b"12345").await.unwrap();
         assert!(matches!(upload.write(b"123456").await, Err(UploadError::TooLarge { .. })));
@@ -158,9 +164,18 @@ mod tests {
         assert_eq!(left, 0);
     }
 
+    #[tokio::test]
+    async fn what_is_kept_free_of_the_hosts_disk_is_for_no_archive() {
+        let folder = tempfile::tempdir().unwrap();
+        let uploads = Uploads::of(folder.path(), ByteSize(10), ByteSize(u64::MAX));
+        let mut upload = uploads.begin(TemplateId::random(), &"ab".repeat(32)).await.unwrap();
+        let refused = upload.write(b"1").await.unwrap_err();
+        assert!(matches!(refused, UploadError::Io(cause) if cause.kind() == io::ErrorKind::StorageFull));
+    }
+
     #[test]
     fn a_hash_leads_nowhere_else() {
-        let uploads = Uploads::of(Path::new("/data"), ByteSize(1));
+        let uploads = Uploads::of(Path::new("/data"), ByteSize(1), ByteSize(0));
         for hash in ["", "..", "../../etc/passwd", "0123456789abcde/", "0123456789abcdef0g"] {
             assert!(matches!(uploads.place(TemplateId::random(), hash), Err(UploadError::Hash(_))), "{hash}");
         }
