@@ -15,13 +15,19 @@ use sha2::Sha256;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsConnector;
 
+/// Names that are looked up at once, for all callbacks together: each takes a thread of the server's, which all else that
+/// blocks needs too, for as long as the caller's own name server likes.
+const LOOKUPS_MAX: usize = 16;
+/// The wait for a place and the lookup.
+const LOOKUP_MAX: Duration = Duration::from_secs(10);
 /// One attempt, from the name's lookup to the answer's head.
 const ATTEMPT_MAX: Duration = Duration::from_secs(30);
 /// Between two attempts.
@@ -41,13 +47,41 @@ const RESERVED: [HeaderName; 8] = [
     TIMESTAMP,
 ];
 
+/// Where callbacks may go, and the places of their lookups.
+#[derive(Debug, Clone)]
+pub(super) struct Reach {
+    allow: Arc<[EgressTarget]>,
+    lookups: Arc<Semaphore>,
+}
+
+impl Reach {
+    /// The public internet, and these.
+    pub(super) fn new(allow: &[EgressTarget]) -> Self {
+        Self { allow: allow.into(), lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)) }
+    }
+
+    /// A caller that is gone does not end a lookup: its place goes with the lookup.
+    async fn look_up(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        let looked_up = async {
+            let place = Arc::clone(&self.lookups).acquire_owned().await.map_err(io::Error::other)?;
+            let host = host.to_owned();
+            let lookup = tokio::task::spawn_blocking(move || {
+                let _place = place;
+                Ok((host.as_str(), port).to_socket_addrs()?.collect())
+            });
+            lookup.await.map_err(io::Error::other)?
+        };
+        tokio::time::timeout(LOOKUP_MAX, looked_up).await?
+    }
+}
+
 /// Where to, with what, signed with what.
 #[derive(Clone)]
 pub(super) struct Callback {
     url: Uri,
     headers: HeaderMap,
     secret: Option<String>,
-    allow: Arc<[EgressTarget]>,
+    reach: Reach,
 }
 
 impl std::fmt::Debug for Callback {
@@ -92,7 +126,7 @@ impl Callback {
         url: &str,
         headers: BTreeMap<String, String>,
         secret: Option<String>,
-        allow: Arc<[EgressTarget]>,
+        reach: Reach,
     ) -> Result<Self, HopxError> {
         let malformed = |why: &str| HopxError::invalid(format!("callback_url is '{}'; {why}", url.chars().take(200).collect::<String>()));
         let parsed: Uri = url.parse().map_err(|_| malformed("it must be an absolute http or https URL"))?;
@@ -103,7 +137,7 @@ impl Callback {
         if parsed.authority().is_some_and(|authority| authority.as_str().contains('@')) {
             return Err(malformed("it must not carry a user name; use callback_headers"));
         }
-        let callback = Self { url: parsed, headers: header_map(headers)?, secret, allow };
+        let callback = Self { url: parsed, headers: header_map(headers)?, secret, reach };
         callback.addresses().await.map_err(|error| malformed(&error.to_string()))?;
         Ok(callback)
     }
@@ -174,9 +208,8 @@ impl Callback {
     async fn addresses(&self) -> Result<Vec<SocketAddr>, DeliveryError> {
         let port = self.url.port_u16().unwrap_or(if self.url.scheme_str() == Some("https") { 443 } else { 80 });
         let host = self.url.host().unwrap_or_default().trim_matches(['[', ']']);
-        let found: io::Result<Vec<SocketAddr>> = tokio::net::lookup_host((host, port)).await.map(Iterator::collect);
-        let found = found.map_err(|error| DeliveryError::Address(format!("its host cannot be looked up: {error}")))?;
-        let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(|found| reachable::is_allowed(found.ip(), &self.allow));
+        let found = self.reach.look_up(host, port).await.map_err(|error| DeliveryError::Address(format!("its host cannot be looked up: {error}")))?;
+        let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(|found| reachable::is_allowed(found.ip(), &self.reach.allow));
         match (allowed.is_empty(), refused.first()) {
             (false, _) => Ok(allowed),
             (true, Some(address)) => Err(DeliveryError::Address(format!(
@@ -232,7 +265,7 @@ mod tests {
 
     async fn refused(url: &str, headers: &[(&str, &str)]) -> String {
         let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let error = Callback::parse(url, headers, None, Arc::new([])).await.unwrap_err();
+        let error = Callback::parse(url, headers, None, Reach::new(&[])).await.unwrap_err();
         assert_eq!(error.status_and_message().0, 400);
         error.status_and_message().1.to_owned()
     }
@@ -254,6 +287,16 @@ mod tests {
             assert!(refused(url, &[]).await.contains("absolute http or https URL"), "{url}");
         }
         assert!(refused("http://user:password@1.1.1.1/", &[]).await.contains("user name"));
+    }
+
+    #[tokio::test]
+    async fn slow_name_servers_keep_a_few_threads_of_the_server_and_no_more() {
+        let reach = Reach::new(&[]);
+        let slow = Arc::clone(&reach.lookups).acquire_many_owned(16).await.unwrap();
+        let parse = || Callback::parse("http://1.1.1.1/", BTreeMap::new(), None, reach.clone());
+        assert!(tokio::time::timeout(Duration::from_millis(50), parse()).await.is_err());
+        drop(slow);
+        parse().await.unwrap();
     }
 
     #[tokio::test]

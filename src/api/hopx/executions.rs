@@ -10,7 +10,7 @@
 use super::super::ApiState;
 use super::super::body;
 use super::ask::SandboxPath;
-use super::callback::Callback;
+use super::callback::{Callback, Reach};
 use super::error::HopxError;
 use super::inside::{self, Answer, AnswerRoom, InsideError};
 use crate::model::{EgressTarget, SandboxId, SandboxState};
@@ -42,7 +42,7 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 /// What all such executions share.
 #[derive(Debug, Clone)]
 pub(in crate::api) struct Callbacks {
-    allow: Arc<[EgressTarget]>,
+    reach: Reach,
     places: Arc<Semaphore>,
     by_sandbox: Arc<Mutex<HashMap<SandboxId, usize>>>,
     answers: AnswerRoom,
@@ -60,7 +60,7 @@ impl Callbacks {
     /// Callbacks may go to the public internet and to these.
     pub(in crate::api) fn new(allow: &[EgressTarget]) -> Self {
         let places = Arc::new(Semaphore::new(WAITING_MAX));
-        Self { allow: allow.into(), places, by_sandbox: Arc::default(), answers: AnswerRoom::default() }
+        Self { reach: Reach::new(allow), places, by_sandbox: Arc::default(), answers: AnswerRoom::default() }
     }
 
     fn place(&self, id: SandboxId) -> Result<Place, HopxError> {
@@ -128,9 +128,6 @@ fn now() -> String {
 pub(super) async fn start(State(state): State<ApiState>, SandboxPath(id): SandboxPath, request: Request) -> Result<Response, Inside> {
     allow(&state, id, request.headers())?;
     let body::Json(asked) = body::Json::<Asked>::from_request(request, &state).await?;
-    let allow = Arc::clone(&state.callbacks.allow);
-    let headers = asked.callback_headers.unwrap_or_default();
-    let callback = Callback::parse(&asked.callback_url, headers, asked.callback_signature_secret, allow).await?;
     let record = state.registry.get(id)?;
     if record.state != SandboxState::Running {
         return Err(
@@ -138,6 +135,8 @@ pub(super) async fn start(State(state): State<ApiState>, SandboxPath(id): Sandbo
         );
     }
     let (place, answers) = (state.callbacks.place(id)?, state.callbacks.answers.clone());
+    let (headers, reach) = (asked.callback_headers.unwrap_or_default(), state.callbacks.reach.clone());
+    let callback = Callback::parse(&asked.callback_url, headers, asked.callback_signature_secret, reach).await?;
     let body = Bytes::from(Value::Object(asked.execution).to_string());
     let started = inside::call(&state.registry, id, &answers, (Method::POST, "/executions"), body, START_MAX).await;
     let Answer { status, body: answer, .. } = started.map_err(|error| HopxError::wrong_state(format!("sandbox {id}: {error}")))?;
