@@ -46,6 +46,9 @@ pub(super) enum SandboxCommand {
         /// Seconds until it ends
         #[arg(long, default_value_t = 300)]
         timeout: u32,
+        /// Boot it cold from its files; what was in its memory is lost
+        #[arg(long)]
+        files_only: bool,
     },
     /// Copy a running sandbox with its memory; prints the copies' ids
     Fork {
@@ -156,8 +159,8 @@ pub(super) fn run(config: &Config, command: SandboxCommand) -> Outcome {
             println!("{id}");
             Ok(ExitCode::SUCCESS)
         }
-        SandboxCommand::Resume { id, timeout } => {
-            client.post_empty(&call(&id, "/connect"), &serde_json::json!({ "timeout": timeout }))?;
+        SandboxCommand::Resume { id, timeout, files_only } => {
+            client.post_empty(&call(&id, "/connect"), &serde_json::json!({ "timeout": timeout, "memory": !files_only }))?;
             println!("{id}");
             Ok(ExitCode::SUCCESS)
         }

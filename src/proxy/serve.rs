@@ -1,6 +1,6 @@
 //! One HTTP/1.1 server per listener, with or without TLS, that sorts each request to a sandbox or the control plane.
 
-use super::severable::{Ending, Severable};
+use super::severable::{Ending, Severable, Unread};
 use super::{Proxy, ProxyBody, Sorted};
 use bytes::Bytes;
 use http::{Request, Response};
@@ -123,7 +123,7 @@ where
     let idle_max = proxy.config.client_idle_max;
     let asked = ending.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        asked.expect_upload(!request.body().is_end_stream());
+        asked.expect(if request.body().is_end_stream() { Unread::Nothing } else { Unread::Upload });
         answer(Arc::clone(&proxy), control.clone(), request)
     });
     let mut http = http1::Builder::new();
@@ -136,7 +136,7 @@ where
         () = stopped(&mut stop) => {
             connection.as_mut().graceful_shutdown();
             // Clients that keep a connection do not look whether it was closed: nobody waits for them to close it too.
-            ending.expect_upload(false);
+            ending.expect(Unread::Nothing);
             connection.await
         }
     };

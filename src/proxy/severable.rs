@@ -34,6 +34,13 @@ pub(super) struct Severable {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Ending(Arc<Wishes>);
 
+/// What a client may still be sending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unread {
+    Nothing,
+    Upload,
+}
+
 #[derive(Debug, Default)]
 struct Wishes {
     reset: AtomicBool,
@@ -46,9 +53,9 @@ impl Ending {
         self.0.reset.store(true, Ordering::Release);
     }
 
-    /// Whether the request that was taken last has a body, which may be left unread when the stream ends.
-    pub(super) fn expect_upload(&self, has_body: bool) {
-        self.0.upload.store(has_body, Ordering::Release);
+    /// What of the request that was taken last may be unread when the stream ends.
+    pub(super) fn expect(&self, unread: Unread) {
+        self.0.upload.store(unread == Unread::Upload, Ordering::Release);
     }
 
     fn is_reset(&self) -> bool {
@@ -158,7 +165,7 @@ mod tests {
     async fn what_is_left_of_an_upload_is_read_away_so_that_the_client_reads_the_answer() {
         let (mut client, server) = pair().await;
         let (mut server, ending) = Severable::new(server);
-        ending.expect_upload(true);
+        ending.expect(Unread::Upload);
         let serving = tokio::spawn(async move {
             server.read_exact(&mut [0u8; 4]).await.unwrap();
             server.write_all(b"no such sandbox").await.unwrap();
@@ -179,8 +186,8 @@ mod tests {
     async fn a_stream_without_an_upload_ends_at_once_though_its_client_stays() {
         let (client, server) = pair().await;
         let (mut server, ending) = Severable::new(server);
-        ending.expect_upload(true);
-        ending.expect_upload(false);
+        ending.expect(Unread::Upload);
+        ending.expect(Unread::Nothing);
         tokio::time::timeout(Duration::from_secs(5), server.shutdown()).await.unwrap().unwrap();
         drop(client);
     }

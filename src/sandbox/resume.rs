@@ -69,7 +69,7 @@ pub enum ConnectError {
     /// Its processes had a file open on a volume that is not there as it was; it is still paused, its snapshot intact.
     #[error(
         "sandbox {id} stays paused: '{path}' was open on a volume, and cannot be opened any more: {why}; put it back, or start \
-         the sandbox on its files alone (memory: false)"
+         the sandbox on its files alone (`stillbox sandbox resume --files-only {id}`, memory: false in a connect)"
     )]
     VolumeFile {
         /// The sandbox.

@@ -174,9 +174,14 @@ def test_the_command_line_does_what_the_sdk_does(own_server):
     assert identity in own_server.cli("sandbox", "ls").stdout
     assert "running" in own_server.cli("sandbox", "info", identity).stdout
     assert "base" in own_server.cli("template", "ls").stdout
+    own_server.cli("sandbox", "exec", identity, "--", "sh", "-c", "setsid sleep 4242 > /dev/null 2>&1 &")
     own_server.cli("sandbox", "pause", identity)
     result = own_server.cli("sandbox", "exec", identity, "--", "true", check=False)
     assert result.returncode != 0 and f"sandbox {identity} is paused; `stillbox sandbox resume {identity}`" in result.stderr
+    assert own_server.cli("sandbox", "resume", "--files-only", identity).stdout.strip() == identity
+    # Booted cold: only the shell that looks, and the agent.
+    assert own_server.cli("sandbox", "exec", identity, "--", "sh", "-c", "pgrep -c sleep; true").stdout == "0\n"
+    own_server.cli("sandbox", "pause", identity)
     kept = own_server.cli("df").stdout
     assert f"sandbox {identity} " in kept and "template base " in kept, kept
     own_server.cli("sandbox", "kill", identity)
