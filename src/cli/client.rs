@@ -102,6 +102,21 @@ impl Client {
         self.parsed(&url, self.accepted(&url, answer)?)
     }
 
+    /// GET of a list of the control plane's that comes in pages: all of them. `path` has a query.
+    pub fn all<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, ClientError> {
+        let (mut items, mut next) = (Vec::new(), String::new());
+        loop {
+            let url = format!("{}{path}{next}", self.base);
+            let answer = self.agent.get(&url).header("X-API-KEY", &self.key).call();
+            let token = answer.as_ref().ok().and_then(|answer| answer.headers().get("x-next-token")?.to_str().ok().map(str::to_owned));
+            items.extend(self.parsed::<Vec<T>>(&url, self.accepted(&url, answer)?)?);
+            match token.filter(|token| !token.is_empty()) {
+                Some(token) => next = format!("&nextToken={}", super::sandbox::segment(&token)),
+                None => return Ok(items),
+            }
+        }
+    }
+
     /// POST of the control plane, the body parsed.
     pub fn post<T: DeserializeOwned>(&self, path: &str, body: &serde_json::Value) -> Result<T, ClientError> {
         let url = format!("{}{path}", self.base);
@@ -215,5 +230,40 @@ pub(super) fn base_url(config: &Config) -> String {
     match (address.ip().is_loopback(), address.ip().is_unspecified()) {
         (true, _) | (_, true) => format!("http://localhost:{}", address.port()),
         _ => format!("http://{address}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{ApiKey, Listen};
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+
+    /// Answers one request per page and returns what was asked for.
+    fn serve(listener: TcpListener, pages: &[(&str, &str)]) -> Vec<String> {
+        let mut asked = Vec::new();
+        for (token, body) in pages {
+            let (stream, _client) = listener.accept().unwrap();
+            let mut lines = BufReader::new(&stream).lines().map(Result::unwrap);
+            asked.push(lines.next().unwrap());
+            while !lines.next().unwrap().is_empty() {}
+            let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\nx-next-token: {token}\r\ncontent-length: {}\r\n\r\n", body.len());
+            (&stream).write_all((head + body).as_bytes()).unwrap();
+        }
+        asked
+    }
+
+    #[test]
+    fn a_list_of_many_pages_is_read_to_its_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let config = Config {
+            listen: Listen { addresses: vec![listener.local_addr().unwrap()] },
+            api_key: Some(ApiKey("key".to_owned())),
+            ..Config::default()
+        };
+        let server = std::thread::spawn(|| serve(listener, &[("a=b", "[1, 2]"), ("", "[3]")]));
+        assert_eq!(Client::new(&config).unwrap().all::<u32>("/things?limit=2").unwrap(), [1, 2, 3]);
+        assert_eq!(server.join().unwrap(), ["GET /things?limit=2 HTTP/1.1", "GET /things?limit=2&nextToken=a%3Db HTTP/1.1"]);
     }
 }

@@ -176,7 +176,7 @@ fn run(client: &Client, verb: SandboxVerb, output: Output) -> Outcome {
         }
         SandboxVerb::List { state } => {
             let query = state.map(|state| format!("&state={}", segment(&state))).unwrap_or_default();
-            let rows: Vec<Value> = client.get(&format!("/v2/sandboxes?limit=1000{query}"))?;
+            let rows: Vec<Value> = client.all(&format!("/v2/sandboxes?limit=100{query}"))?;
             show(output, &["SANDBOX", "TEMPLATE", "STATE", "STARTED", "ENDS"], &rows, |row| {
                 [&row["sandboxID"], row.get("alias").unwrap_or(&row["templateID"]), &row["state"], &row["startedAt"], &row["endAt"]]
                     .map(text)
@@ -278,7 +278,7 @@ fn metric_cells(point: &Value) -> Vec<String> {
 }
 
 fn all_ids(client: &Client) -> Result<Vec<String>, ClientError> {
-    let rows: Vec<Value> = client.get("/v2/sandboxes?limit=1000")?;
+    let rows: Vec<Value> = client.all("/v2/sandboxes?limit=100")?;
     Ok(rows.iter().map(|row| text(&row["sandboxID"])).collect())
 }
 

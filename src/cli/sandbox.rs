@@ -124,13 +124,33 @@ struct Sandbox {
     metadata: Option<BTreeMap<String, String>>,
     envd_access_token: Option<String>,
     lifecycle: Option<Lifecycle>,
+    #[serde(default)]
+    volume_mounts: Vec<VolumeMount>,
+}
+
+#[derive(Debug, Deserialize)]
+struct VolumeMount {
+    name: String,
+    path: String,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Lifecycle {
+    on_timeout: String,
     #[serde(default)]
     auto_resume: bool,
+}
+
+impl Lifecycle {
+    /// What follows the end of its time, after the time.
+    fn told(&self) -> &'static str {
+        match (self.on_timeout.as_str(), self.auto_resume) {
+            ("pause", true) => ", then it is paused until a request wakes it",
+            ("pause", false) => ", then it is paused",
+            _ => "",
+        }
+    }
 }
 
 impl Sandbox {
@@ -183,8 +203,8 @@ pub(super) fn segment(text: &str) -> String {
 }
 
 fn list(client: &Client, state: Option<&str>, form: Form) -> Outcome {
-    let query = state.map(|state| format!("?state={}", segment(state))).unwrap_or_default();
-    let rows: Vec<serde_json::Value> = client.get(&format!("/v2/sandboxes{query}"))?;
+    let state = state.map(|state| format!("&state={}", segment(state))).unwrap_or_default();
+    let rows: Vec<serde_json::Value> = client.all(&format!("/v2/sandboxes?limit=100{state}"))?;
     if form.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(ExitCode::SUCCESS);
@@ -298,9 +318,12 @@ fn info(client: &Client, id: &str, form: Form) -> Outcome {
     println!("template   {} ({})", harmless(&sandbox.alias.unwrap_or_default()), sandbox.template_id);
     println!("state      {}", sandbox.state);
     println!("started    {}", sandbox.started_at);
-    println!("ends       {}", sandbox.end_at);
+    println!("ends       {}{}", sandbox.end_at, sandbox.lifecycle.map(|lifecycle| lifecycle.told()).unwrap_or_default());
     println!("limits     {} CPUs, {} MiB memory, {} MiB disk", sandbox.cpu_count, sandbox.memory_mb, sandbox.disk_size_mb);
     println!("metadata   {}", harmless(&metadata.join(" ")));
+    for mount in sandbox.volume_mounts {
+        println!("volume     {} at {}", harmless(&mount.name), harmless(&mount.path));
+    }
     match (&inside["initPid"], &inside["dump"]) {
         (serde_json::Value::Number(pid), _) => println!("first pid  {pid} on the host"),
         (_, serde_json::Value::Object(dump)) => println!(
@@ -314,7 +337,7 @@ fn info(client: &Client, id: &str, form: Form) -> Outcome {
 }
 
 fn all_ids(client: &Client) -> Result<Vec<String>, super::ClientError> {
-    Ok(client.get::<Vec<Sandbox>>("/v2/sandboxes")?.into_iter().map(|sandbox| sandbox.sandbox_id).collect())
+    Ok(client.all::<Sandbox>("/v2/sandboxes?limit=100")?.into_iter().map(|sandbox| sandbox.sandbox_id).collect())
 }
 
 fn kill(client: &Client, ids: Vec<String>) -> Outcome {
