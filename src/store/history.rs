@@ -71,7 +71,7 @@ impl Store {
     /// Keeps lines of a sandbox's or build's log; `read_to` is how far the agent's own log has been read with them.
     pub fn keep_logs(&self, scope: String, entries: Vec<LogEntry>, read_to: Option<u64>) {
         let limits = self.inner.limits;
-        let trim_all = self.inner.log_batches.fetch_add(1, Ordering::Relaxed) % SLACK == 0;
+        let trim_all = self.inner.log_batches.fetch_add(1, Ordering::Relaxed).is_multiple_of(SLACK);
         self.inner.history.write_later(move |db| {
             insert_logs(db, &scope, &entries, read_to, &limits)?;
             if trim_all { trim_logs(db, &limits) } else { Ok(()) }
