@@ -62,6 +62,7 @@ pub(super) async fn recover(core: &Arc<Core>) -> Result<(), OpenError> {
         kept.push(found);
     }
     sweep(core, &kept).await?;
+    sync_dumps(core).await.map_err(StoreFailure::from)?;
     for found in kept {
         match found {
             Found::Running(record) => {
@@ -80,7 +81,7 @@ async fn recover_one(core: &Arc<Core>, record: SandboxRecord) -> Result<Found, S
         SandboxState::Creating => give_up(core, record, EndReason::CreateFailed { detail: "the server ended meanwhile".into() }).await,
         SandboxState::Running => take_over(core, record).await,
         SandboxState::Pausing => finish_or_undo_pause(core, record).await,
-        SandboxState::Paused => keep_paused(core, record).await,
+        SandboxState::Paused => Ok(Found::Paused(Box::new(record))),
         SandboxState::Resuming => finish_or_undo_resume(core, record).await,
         SandboxState::Killing => {
             let reason = record.end_reason.clone().unwrap_or(EndReason::Killed);
@@ -196,22 +197,16 @@ async fn finish_or_undo_pause(core: &Arc<Core>, mut record: SandboxRecord) -> Re
     stop(core, record.id).await;
     (record.state, record.paused, record.kernel) = (SandboxState::Paused, Some(keep), None);
     record.end_at = core.clock.now();
-    let snapshot = record.snapshot;
     record_paused(core, record.clone(), dump).await?;
-    if let Some(id) = snapshot {
-        sync_later(core, id);
-    }
     Ok(Found::Paused(Box::new(record)))
 }
 
-async fn keep_paused(core: &Arc<Core>, record: SandboxRecord) -> Result<Found, StoreError> {
-    if let Some(id) = record.snapshot {
-        let unsynced = core.store.read(move |db| snapshots::by_id(db, id)).await?.is_some_and(|row| !row.synced);
-        if unsynced {
-            sync_later(core, id);
-        }
+/// Puts on stable storage what the earlier server had no time for: dumps of paused sandboxes, snapshots, templates'.
+async fn sync_dumps(core: &Arc<Core>) -> Result<(), StoreError> {
+    for dump in core.store.read(snapshots::all).await?.iter().filter(|dump| !dump.synced) {
+        sync_later(core, dump.id);
     }
-    Ok(Found::Paused(Box::new(record)))
+    Ok(())
 }
 
 /// Back to where it was: paused, its dump as it is. The memory is kept even if the files went on without it: which of

@@ -349,6 +349,22 @@ async fn a_dump_is_on_stable_storage_before_the_reply_or_soon_after() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_server_had_no_time_to_put_on_stable_storage_the_next_one_does() {
+    let mut world = World::new().await;
+    let (paused, copied) = (world.create().await.id, world.create().await.id);
+    world.registry().pause(paused, Keep::Memory).await.unwrap();
+    world.registry().snapshot(copied, None, Keep::Memory).await.unwrap();
+    let unsynced = async |world: &World| world.store().read(snapshots::all).await.unwrap().iter().filter(|dump| !dump.synced).count();
+    assert_eq!(unsynced(&world).await, 2, "the background was faster than this test");
+    world.close_and_reopen().await;
+    let patience = std::time::Instant::now() + PATIENCE;
+    while unsynced(&world).await > 0 {
+        assert!(std::time::Instant::now() < patience, "never synced");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn killing_a_paused_sandbox_removes_its_dump() {
     let world = World::new().await;
     let id = world.create().await.id;
