@@ -107,7 +107,7 @@ prepare_rootfs() {
     mkdir -p "$work/kernel" "$work/root"
     dpkg -x "$work/kernel.deb" "$work/kernel"
     kernel_version=$(basename "$work"/kernel/lib/modules/*)
-    zstd -qdc "$work/guest.tar.zst" | tar -xp --numeric-owner --exclude='./dev/*' -C "$work/root"
+    tar --use-compress-program=zstd -xpf "$work/guest.tar.zst" --numeric-owner --exclude='./dev/*' -C "$work/root"
     cp -a "$work/kernel/lib/modules" "$work/root/lib/"
     chroot "$work/root" depmod "$kernel_version"
     rm -f "$work/guest.tar" "$work/guest.tar.zst" "$work/kernel.deb"
