@@ -3,6 +3,7 @@
 import datetime
 import io
 import pathlib
+import tempfile
 import time
 import uuid
 
@@ -104,6 +105,36 @@ def test_a_file_that_is_removed_from_a_volume_during_a_pause_is_named_and_nothin
         assert sandbox.files.read("/tmp/said") == "second\nwritten anew\n"
     finally:
         sandbox.kill()
+
+
+@pytest.fixture
+def hosts_folder():
+    """A folder of the host's that everybody may look into: pytest's own are below one that nobody may."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        pathlib.Path(folder).chmod(0o755)
+        yield pathlib.Path(folder)
+
+
+def test_a_folder_of_a_volume_that_became_a_link_leads_no_mount_out_of_the_sandbox(volume, hosts_folder):
+    for folder in ("source", "place"):
+        (hosts_folder / folder).mkdir()
+    (hosts_folder / "source" / "file").write_text("the host's")
+    sandbox = Sandbox.create(timeout=120, volume_mounts={"/mnt/data": volume})
+    other = Sandbox.create(timeout=120, volume_mounts={"/mnt/data": volume})
+    try:
+        made = "cd /mnt/data && mkdir -p a/source b/place /mnt/bound && echo inside > a/source/file"
+        sandbox.commands.run(f"{made} && mount --bind a/source /mnt/bound && mount -t tmpfs none b/place", user="root")
+        sandbox.pause()
+        for folder, place in (("a", "/mnt/bound"), ("b", "/mnt/data/b/place")):
+            other.commands.run(f"cd /mnt/data && mv {folder} aside && ln -s {hosts_folder} {folder}")
+            with pytest.raises(Exception, match=f"409: .*'{place}' was open on a volume, .*Too many levels of symbolic links"):
+                sandbox.connect()
+            other.commands.run(f"cd /mnt/data && rm {folder} && mv aside {folder}")
+        sandbox.connect()
+        assert sandbox.commands.run("cat /mnt/bound/file && findmnt -no FSTYPE /mnt/data/b/place").stdout == "inside\ntmpfs\n"
+    finally:
+        sandbox.kill()
+        other.kill()
 
 
 def wait_until(is_so, seconds=20):
