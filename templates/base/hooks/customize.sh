@@ -18,6 +18,11 @@ chmod -R a+rwX /usr/local /code
 # Some packages (openjdk) fail to configure when the folders of the man pages they skipped are missing.
 for section in 1 2 3 4 5 6 7 8; do mkdir -p "/usr/share/man/man$section"; done
 
+# Every program that starts with LANG=C.UTF-8 reads the locale: thirteen files, each looked for twice, or one archive.
+# That is 0.3 to 0.4 ms of the millisecond that /bin/echo takes.
+rm -f /usr/lib/locale/locale-archive
+localedef --add-to-archive /usr/lib/locale/C.utf8
+
 # What names one machine is written by the agent's /init when a sandbox gets its identity.
 : > /etc/machine-id
 rm -f /var/lib/dbus/machine-id /etc/ssh/ssh_host_*
