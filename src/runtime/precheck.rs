@@ -77,7 +77,10 @@ pub fn missing(path: &Path) -> Finding {
 /// One of its processes keeps us from reading what it has: its memory map is locked for as long as it waits in the kernel
 /// for a file system that is served from inside.
 pub fn unanswered(time_max: Duration) -> Finding {
-    let reason = format!("could not be looked through within {} s: a process in it waits in the kernel, most often for a FUSE mount", time_max.as_secs());
+    let reason = format!(
+        "could not be looked through within {} s: a process in it waits in the kernel, most often for a FUSE mount",
+        time_max.as_secs()
+    );
     Finding { pid: 1, command: "the sandbox".to_owned(), reason }
 }
 

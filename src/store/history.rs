@@ -167,7 +167,8 @@ fn insert_logs(db: &Db<'_>, scope: &str, entries: &[LogEntry], read_to: Option<u
     }
     if !entries.is_empty() {
         // By these rows and no others: the moments are the sandbox's to choose, in whatever order.
-        let of_one = "DELETE FROM logs WHERE rowid IN (SELECT rowid FROM logs WHERE scope = ?1 ORDER BY at DESC, rowid DESC LIMIT -1 OFFSET ?2)";
+        let of_one =
+            "DELETE FROM logs WHERE rowid IN (SELECT rowid FROM logs WHERE scope = ?1 ORDER BY at DESC, rowid DESC LIMIT -1 OFFSET ?2)";
         db.0.prepare_cached(of_one)?.execute(params![scope, limits.logs_per_scope_max])?;
     }
     Ok(())

@@ -124,7 +124,9 @@ impl Store {
         let lock = lock::DataDirLock::acquire(data_dir)?;
         let truth = Database::open(data_dir.join("stillbox.db"), migrate::TRUTH, database::Durability::EveryCommit)?;
         let history = Database::open(data_dir.join("history.db"), migrate::HISTORY, database::Durability::AtCheckpoints)?;
-        Ok(Self { inner: Arc::new(Inner { truth, history, limits, samples: Mutex::default(), log_batches: AtomicU32::default(), _lock: lock }) })
+        Ok(Self {
+            inner: Arc::new(Inner { truth, history, limits, samples: Mutex::default(), log_batches: AtomicU32::default(), _lock: lock }),
+        })
     }
 
     /// Runs `question` in a write transaction of its own; an error undoes it. When this returns `Ok`, the change

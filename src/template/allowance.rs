@@ -41,7 +41,10 @@ impl HostRoom {
         if free.bytes() >= floor.bytes().saturating_add(bytes) {
             return Ok(());
         }
-        let full = format!("{free} are free on the host's disk, {} more are wanted and {floor} are kept free (runtime.disk_free_min)", ByteSize(bytes));
+        let full = format!(
+            "{free} are free on the host's disk, {} more are wanted and {floor} are kept free (runtime.disk_free_min)",
+            ByteSize(bytes)
+        );
         Err(io::Error::new(io::ErrorKind::StorageFull, full))
     }
 }

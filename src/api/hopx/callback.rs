@@ -208,8 +208,13 @@ impl Callback {
     async fn addresses(&self) -> Result<Vec<SocketAddr>, DeliveryError> {
         let port = self.url.port_u16().unwrap_or(if self.url.scheme_str() == Some("https") { 443 } else { 80 });
         let host = self.url.host().unwrap_or_default().trim_matches(['[', ']']);
-        let found = self.reach.look_up(host, port).await.map_err(|error| DeliveryError::Address(format!("its host cannot be looked up: {error}")))?;
-        let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(|found| reachable::is_allowed(found.ip(), &self.reach.allow));
+        let found = self
+            .reach
+            .look_up(host, port)
+            .await
+            .map_err(|error| DeliveryError::Address(format!("its host cannot be looked up: {error}")))?;
+        let (allowed, refused): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|found| reachable::is_allowed(found.ip(), &self.reach.allow));
         match (allowed.is_empty(), refused.first()) {
             (false, _) => Ok(allowed),
             (true, Some(address)) => Err(DeliveryError::Address(format!(

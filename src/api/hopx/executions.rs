@@ -64,7 +64,8 @@ impl Callbacks {
     }
 
     fn place(&self, id: SandboxId) -> Result<Place, HopxError> {
-        let full = |whose: &str, limit: usize| HopxError::wrong_state(format!("{limit} executions {whose}wait to be told; that is the limit"));
+        let full =
+            |whose: &str, limit: usize| HopxError::wrong_state(format!("{limit} executions {whose}wait to be told; that is the limit"));
         let of_all = Arc::clone(&self.places).try_acquire_owned().map_err(|_| full("", WAITING_MAX))?;
         let mut counts = lock(&self.by_sandbox);
         let count = counts.entry(id).or_default();
