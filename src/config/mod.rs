@@ -133,7 +133,8 @@ impl Default for Config {
                 debian_mirror: None,
                 debian_security_mirror: None,
                 cache_dir: None,
-                limits: UnpackLimits::default(),
+                // As `runtime` has it.
+                limits: UnpackLimits { free_min: ByteSize::gib(2), ..UnpackLimits::default() },
                 images: ImageSettings::default(),
             },
             build: BuildConfig::default(),
