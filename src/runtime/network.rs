@@ -274,10 +274,10 @@ impl Network {
         Ok(self.shared.lease_of(slot))
     }
 
-    /// [`InnerNetwork::attach`] for async callers.
+    /// [`inner::WayOut::attach`] for async callers.
     pub async fn attach(&self, lease: &SlotLease, sandbox: Netns) -> Result<(), NetworkError> {
         let inner = lease.inner.clone();
-        blocking(move || inner.attach(&sandbox)).await.map_err(step("attaching a sandbox to its network slot"))
+        blocking(move || inner.open()?.attach(&sandbox)).await.map_err(step("attaching a sandbox to its network slot"))
     }
 
     /// Replaces the egress rules of a leased slot at once; connections that are open go on.

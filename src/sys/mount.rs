@@ -101,6 +101,13 @@ pub fn confine(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> io::Result<()> 
     set_attributes(mount, &attributes)
 }
 
+/// Makes an unattached mount a follower: what is mounted on the one that it was cloned from shows on it too, and not the
+/// other way.
+pub fn make_slave(mount: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+    set_attributes(mount, &attributes)
+}
+
 /// Makes an unattached mount read-only.
 pub fn make_read_only(mount: BorrowedFd<'_>) -> io::Result<()> {
     let attributes = libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };

@@ -3,7 +3,8 @@
 use crate::guest::{run, wait_until_ready};
 use crate::machine::{Machine, chain, on_own_machine};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 use stillbox::model::SandboxId;
 use stillbox::runtime::config::RuntimeConfig;
@@ -52,6 +53,27 @@ fn traces(machine: &Machine) -> Vec<String> {
     mounts.chain(loops).chain(roots(machine)).collect()
 }
 
+/// The mounts that a restore by this test's servers begins with: of the namespace that their nursery holds open.
+fn mounts_of_restores() -> Vec<String> {
+    let of = |process: &Path, name: &str| std::fs::read_to_string(process.join(name)).unwrap_or_default();
+    let parent = format!("PPid:\t{}\n", std::process::id());
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let nurseries = processes.filter(|process| of(process, "comm") == "sb-nursery\n" && of(process, "status").contains(&parent));
+    let mut mounts = Vec::new();
+    for nursery in nurseries {
+        let its_own = std::fs::read_link(nursery.join("ns/mnt")).unwrap();
+        let held = std::fs::read_dir(nursery.join("fd")).unwrap().flatten().map(|entry| entry.path()).find(|fd| {
+            let kind = std::fs::read_link(fd).unwrap();
+            kind != its_own && kind.to_string_lossy().starts_with("mnt:")
+        });
+        let namespace = format!("--mount={}", held.expect("the nursery holds no namespace for restores").display());
+        let table = Command::new("nsenter").args([&namespace, "cat", "/proc/self/mountinfo"]).output().unwrap();
+        assert!(table.status.success(), "{}", String::from_utf8_lossy(&table.stderr));
+        mounts.extend(String::from_utf8_lossy(&table.stdout).lines().map(str::to_owned));
+    }
+    mounts
+}
+
 /// Loop devices and helpers let go a moment later.
 async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
@@ -67,6 +89,27 @@ async fn filled(machine: &Machine) {
         std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(&*root.to_string_lossy())
     };
     until("the pool is full", || roots(machine).len() == POOL && roots(machine).iter().all(mounted)).await;
+}
+
+#[test]
+fn a_restore_costs_the_same_however_many_sandboxes_there_are() {
+    on_own_machine(async |machine| {
+        let kernel = kernel_with_pool(&machine).await;
+        let from_dump = dump(&machine, &kernel).await;
+        let ids = [(); 3].map(|()| SandboxId::random());
+        for id in ids {
+            kernel.start(from_dump(id)).await.unwrap_or_else(|error| panic!("{}", chain(&error)));
+            wait_until_ready(&kernel, id).await;
+        }
+        // CRIU copies every mount that it finds, and takes it away again.
+        let mounts = mounts_of_restores();
+        let below = format!("{}/", machine.data_dir().display());
+        for id in ids {
+            kernel.destroy(id).await.unwrap();
+        }
+        kernel.close().await;
+        assert!(!mounts.is_empty() && mounts.iter().all(|line| !line.contains(&below)), "{mounts:#?}");
+    });
 }
 
 #[test]

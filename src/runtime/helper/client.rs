@@ -75,9 +75,10 @@ impl Drop for AtRestore<'_> {
 }
 
 impl Helpers {
-    /// Of `program`, which may take `limit` for an operation; `criu` is the one that is run most.
-    pub(crate) fn new(program: &Path, criu: Option<&Path>, limit: Duration) -> Self {
-        Self { nursery: Nursery::new(program, criu), limit, restores: AtomicUsize::new(0) }
+    /// Of `program`, which may take `limit` for an operation, for the sandboxes of `data_dir`; `criu` is the one that is run
+    /// most.
+    pub(crate) fn new(program: &Path, criu: Option<&Path>, data_dir: &Path, limit: Duration) -> Self {
+        Self { nursery: Nursery::new(program, criu, data_dir), limit, restores: AtomicUsize::new(0) }
     }
 
     /// Gets ready for the first operation.

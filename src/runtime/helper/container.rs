@@ -91,7 +91,7 @@ fn start(request: &ColdStart) -> Result<ProcessRef, HelperStep> {
     let pid = container.pid().ok_or_else(|| HelperStep::new("starting the container", "libcontainer names no pid"))?.as_raw();
     place_devices(&Path::new(STAGE).join("root"), request.root.uid_base).map_err(HelperStep::wrap("making its devices"))?;
     limit_namespace(&userns, &request.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;
-    Netns::of_process(pid).and_then(|netns| request.network.attach(&netns)).map_err(HelperStep::wrap("connecting its network"))?;
+    Netns::of_process(pid).and_then(|netns| request.network.open()?.attach(&netns)).map_err(HelperStep::wrap("connecting its network"))?;
     let volumes = fitted(&request.volumes, userns.as_fd()).map_err(HelperStep::wrap("opening its volumes"))?;
     attach_inside(volumes, pid, request.root.uid_base).map_err(HelperStep::wrap("mounting its volumes"))?;
     container.start().map_err(HelperStep::wrap("starting pid 1"))?;

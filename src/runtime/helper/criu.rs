@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! dump:     place::prepare ─> dump { tasks frozen … images written … on_frozen … } ─> tasks gone, or going on
-//! restore:  place::prepare ─> restore { uid base, lazy fill, cgroups … set_up_netns … } ─> tasks going on
+//! restore:  restore { uid base, lazy fill, cgroups, own mounts … in_place … set_up_netns … before_it_runs } ─> tasks going on
 //! ```
 //!
 //! What a failure leaves: a failed dump leaves the tasks running as they were, also where CRIU was killed in its middle
@@ -277,6 +277,20 @@ pub(crate) enum Memory<'a> {
     },
 }
 
+/// The caller's part in a restore, in this order.
+#[derive(Debug)]
+pub(crate) struct Hooks<P, N, B> {
+    /// This process is where CRIU is going to run, in a mount namespace of its own with the sandbox's root: what else CRIU
+    /// has to find is put there.
+    pub(crate) in_place: P,
+    /// Gets the new network namespace, which has lo, still down, and nothing else: lo up, link, the address of the dump,
+    /// route and sysctls are made here (a missing address fails the restore of a connection, a missing ping_group_range
+    /// that of a ping socket).
+    pub(crate) set_up_netns: N,
+    /// Gets init's pid, as the host sees it, with everything restored and nothing running yet: the last moment to say no.
+    pub(crate) before_it_runs: B,
+}
+
 /// What a restore made.
 #[derive(Debug)]
 pub(crate) struct Restored {
@@ -302,17 +316,15 @@ pub(crate) fn make_ahead(images: &Path, work: &Path, uid_base: u32) -> Result<()
     File::create(&log).map(drop).map_err(|source| CriuError::Folder { path: log, source })
 }
 
-/// Restores the tree into its cgroups, with a cgroup namespace rooted in them. On v1 this process moves there too.
-///
-/// `set_up_netns` gets the new network namespace, which has lo, still down, and nothing else, and init's pid: lo up, link,
-/// the address of the dump, route and sysctls are made here (a missing address fails the restore of a connection, a missing
-/// ping_group_range that of a ping socket). Afterwards, with everything restored and nothing running yet, connections
-/// to the outside are reset, and `before_it_runs` gets init's pid: the last moment to say no.
-pub(crate) fn restore(
-    options: &RestoreOptions<'_>,
-    mut set_up_netns: impl FnMut(&Netns, i32) -> Result<(), HookError>,
-    mut before_it_runs: impl FnMut(i32) -> Result<(), HookError>,
-) -> Result<Restored, CriuError> {
+/// Restores the tree into its cgroups, with a cgroup namespace rooted in them. On v1 this process moves there too; its mount
+/// namespace is another one afterwards. Before the last hook, connections to the outside are reset.
+pub(crate) fn restore<P, N, B>(options: &RestoreOptions<'_>, hooks: Hooks<P, N, B>) -> Result<Restored, CriuError>
+where
+    P: FnOnce() -> Result<(), HookError>,
+    N: FnMut(&Netns) -> Result<(), HookError>,
+    B: FnMut(i32) -> Result<(), HookError>,
+{
+    let Hooks { in_place, mut set_up_netns, mut before_it_runs } = hooks;
     let view = match options.view {
         View::ToMake => ImageView::make(options.images, options.work, options.uid_base)?,
         View::Made => ImageView::made(options.work)?,
@@ -330,13 +342,16 @@ pub(crate) fn restore(
         Memory::Lazily { executable } => Some(lazy::spawn(executable, options.criu, options.work)?),
     };
     let seat = place::seat_in(options.cgroups)?;
+    // The filler stays behind: it would hold the root's mount for as long as it reads.
+    let _notes = place::prepare_for_restore(options.criu, options.root)?;
+    in_place().map_err(|source| CriuError::Hook { verb: Verb::Restore.name(), moment: "in-place".to_owned(), source })?;
 
     let mut swrk = Swrk::start(options.criu, Verb::Restore, options.work, &seat, options.deadline, None)?;
     let mut netns = None;
     let response = swrk.run(request, |moment, pid| match moment {
         "setup-namespaces" => {
             let (made, _) = netns.insert((Netns::of_process(pid)?, pid));
-            set_up_netns(made, pid)?;
+            set_up_netns(made)?;
             if view.has_connections() {
                 // What is in a connection's queue and was not sent yet is sent while it is restored, perhaps before its
                 // peer is there: the kernel would reset it.

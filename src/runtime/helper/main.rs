@@ -10,7 +10,6 @@ use super::undo::UndoDump;
 use super::{AtWork, HelperStep, Later, Operation};
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
-use std::path::Path;
 use std::process::ExitCode;
 
 /// `stillbox runtime <verb>`. The calling process must have one thread and nothing else to do: it is changed for good.
@@ -18,7 +17,7 @@ use std::process::ExitCode;
 /// The exit code is 0 whenever an answer was written, be it a failed step; what the step was is in the answer.
 pub fn main(verb: &str, arguments: &[OsString]) -> ExitCode {
     match verb {
-        nursery::VERB => match nursery::serve(arguments.first().map(Path::new)) {
+        nursery::VERB => match nursery::serve(arguments) {
             Ok(Role::Nursery) => ExitCode::SUCCESS,
             Ok(Role::Helper(verb)) => help(&verb, &[]),
             Err(error) => complain(verb, &error),

@@ -22,7 +22,7 @@ use nix::sys::prctl::set_name;
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair};
 use nix::sys::time::{TimeVal, TimeValLike};
-use std::ffi::CString;
+use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -46,6 +46,7 @@ const NAME_PREFIX: &str = "sb-";
 pub(crate) struct Nursery {
     program: PathBuf,
     criu: Option<PathBuf>,
+    data_dir: PathBuf,
     running: Arc<Mutex<Option<Running>>>,
 }
 
@@ -72,9 +73,9 @@ pub(super) struct HelperProcess(OwnedFd);
 
 impl Nursery {
     /// Of `program`, which is executed when the first helper is wanted, and anew whenever its nursery was ended. Most of
-    /// its helpers run `criu`.
-    pub(crate) fn new(program: &Path, criu: Option<&Path>) -> Self {
-        Self { program: program.to_owned(), criu: criu.map(Path::to_owned), running: Arc::default() }
+    /// its helpers run `criu`, for sandboxes below `data_dir`.
+    pub(crate) fn new(program: &Path, criu: Option<&Path>, data_dir: &Path) -> Self {
+        Self { program: program.to_owned(), criu: criu.map(Path::to_owned), data_dir: data_dir.to_owned(), running: Arc::default() }
     }
 
     /// A helper for one operation.
@@ -106,7 +107,7 @@ impl Nursery {
             Some((Ok(pidfd), nursery)) => (Ok(pidfd), nursery),
             Some((Err(Unanswered::Refused(error)), nursery)) => (Err(error), nursery),
             Some((Err(Unanswered::Gone(_)), _)) | None => {
-                let nursery = Running::start(&self.program, self.criu.as_deref())?;
+                let nursery = self.start_process()?;
                 (nursery.ask(verb, theirs).map_err(io::Error::from), nursery)
             }
         };
@@ -121,9 +122,13 @@ impl Nursery {
             let mut running = nursery.running.lock().unwrap_or_else(PoisonError::into_inner);
             if running.is_none() {
                 // Who wants a helper will be told why there is none.
-                *running = Running::start(&nursery.program, nursery.criu.as_deref()).ok();
+                *running = nursery.start_process().ok();
             }
         });
+    }
+
+    fn start_process(&self) -> io::Result<Running> {
+        Running::start(&self.program, self.criu.as_deref(), &self.data_dir)
     }
 
     /// Ends it; helpers that are at work go on.
@@ -150,11 +155,11 @@ impl From<Unanswered> for io::Error {
 
 impl Running {
     /// In a process group of its own: what a terminal sends to the server's group is the server's to handle.
-    fn start(program: &Path, criu: Option<&Path>) -> io::Result<Self> {
+    fn start(program: &Path, criu: Option<&Path>, data_dir: &Path) -> io::Result<Self> {
         let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(ANSWER_S_MAX))?;
         let mut command = Command::new(program);
-        command.args(["runtime", VERB]).args(criu).env_clear().process_group(0);
+        command.args(["runtime", VERB]).arg(data_dir).args(criu).env_clear().process_group(0);
         let child = command.stdin(theirs).stdout(Stdio::null()).spawn()?;
         let process = process::open_pidfd(i32::try_from(child.id()).map_err(io::Error::other)?)?;
         Ok(Self { socket, process })
@@ -206,12 +211,12 @@ pub(super) enum Role {
 }
 
 /// The nursery's life: forks a helper for each question, until the server has ended. In each of the forks it returns too.
-/// They are born where CRIU is to run, if `criu` says which.
-pub(super) fn serve(criu: Option<&Path>) -> io::Result<Role> {
+/// They are born where CRIU is to run, if `arguments` (the data folder, then perhaps a CRIU) say which.
+pub(super) fn serve(arguments: &[OsString]) -> io::Result<Role> {
     be_called(VERB)?;
-    if let Some(criu) = criu {
+    if let [data_dir, criu] = arguments {
         // Who cannot do without is told so when it tries by itself.
-        let _ = place::prepare_for_all(criu);
+        let _ = place::prepare_for_all(Path::new(criu), Path::new(data_dir));
     }
     let stdin = io::stdin();
     loop {

@@ -4,7 +4,7 @@ use super::super::network::InnerNetwork;
 use super::super::rootfs::{RootPlan, mount_root};
 use super::super::volumes::VolumeBind;
 use super::container::{Limits, limit_namespace, prepare_this_process, userns_of};
-use super::criu::{self, CriuError, Memory, RestoreOptions, View, place};
+use super::criu::{self, CriuError, Hooks, Memory, RestoreOptions, View};
 use super::volumes::Staged;
 use super::{Blame, HelperStep, Later, Operation};
 use crate::model::{ByteSize, KernelRef, ProcessRef, SandboxId};
@@ -94,13 +94,9 @@ impl Operation for Restore {
             drop(mount_root(plan)?);
         }
         let folder = self.root.folder();
-        let prepared = match self.volumes.is_empty() {
-            true => place::prepare(&self.criu),
-            // They are mounted on /run with this sandbox's ids, under names that are the same for every sandbox.
-            false => place::prepare_alone(&self.criu),
-        };
-        let _notes = prepared.map_err(HelperStep::wrap("leaving the host's mounts"))?;
-        let volumes = Staged::prepare(&self.volumes, self.root.uid_base())?;
+        // From here: where CRIU runs, the data folder's mounts are not seen.
+        let way_out = self.network.open().map_err(HelperStep::wrap("opening its network slot"))?;
+        let volumes = Staged::open(&self.volumes, self.root.uid_base()).map_err(HelperStep::wrap("opening its volumes"))?;
         prepare_this_process();
         let memory = memory_in(&self.images).map_err(HelperStep::wrap("looking at the images"))?;
         let options = RestoreOptions {
@@ -122,13 +118,16 @@ impl Operation for Restore {
             deadline: self.deadline,
         };
         let mut running = None;
-        let attach = |netns: &Netns, _init| Ok(self.network.attach(netns)?);
-        let note = |init| {
-            volumes.attach_missing(init, self.root.uid_base())?;
-            let kernel = running.insert(self.kernel_ref(init)?);
-            Ok(restored::begin(folder, kernel)?)
+        let hooks = Hooks {
+            in_place: || Ok(volumes.put()?),
+            set_up_netns: |netns: &Netns| Ok(way_out.attach(netns)?),
+            before_it_runs: |init| {
+                volumes.attach_missing(init, self.root.uid_base())?;
+                let kernel = running.insert(self.kernel_ref(init)?);
+                Ok(restored::begin(folder, kernel)?)
+            },
         };
-        let restored = criu::restore(&options, attach, note).map_err(|error| self.failed(error))?;
+        let restored = criu::restore(&options, hooks).map_err(|error| self.failed(error))?;
         let kernel = running.ok_or_else(|| HelperStep::new("restoring", "CRIU did not stop before it let the processes go"))?;
         let userns = userns_of(restored.init).map_err(HelperStep::wrap("limiting its user namespace"))?;
         limit_namespace(&userns, &self.limits).map_err(HelperStep::wrap("limiting its user namespace"))?;

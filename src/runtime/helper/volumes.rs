@@ -8,11 +8,9 @@
 //! What is mounted in a running sandbox later needs no helper: [`super::super::kernel`] uses [`attach_inside`] as well.
 //! Where a volume goes, links inside may have a say, as they have for programs inside: what they lead to is looked at again.
 
-use super::super::rootfs::STAGE;
 use super::super::uids::IDS_PER_SANDBOX;
 use super::super::volumes::VolumeBind;
 use super::super::volumes::seen::{self, SeenVolume};
-use super::HelperStep;
 use crate::model::{MountPath, VolumeId};
 use crate::sys::mount::{attach, attach_over, clone_mount, confine, open_in_root};
 use crate::sys::mount_elsewhere::in_mount_namespace_of;
@@ -20,13 +18,17 @@ use crate::sys::mountinfo;
 use crate::sys::userns::{FilesystemIdentity, new_user_namespace};
 use nix::errno::Errno;
 use nix::fcntl::readlinkat;
+use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, mkdirat};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+/// Where CRIU finds the volumes of a restore.
+const PLACES: &str = "/run/volumes";
 
 /// A mount that is attached nowhere yet, and where it is to go.
 #[derive(Debug)]
@@ -136,26 +138,33 @@ fn require_fit(descriptors: &File, folder: &OwnedFd, target: &MountPath) -> Resu
 #[derive(Debug)]
 pub(super) struct Staged<'a> {
     binds: &'a [VolumeBind],
+    opened: Vec<(VolumeId, OwnedFd)>,
 }
 
 impl<'a> Staged<'a> {
-    /// This process has a mount namespace of its own with an empty /run.
-    pub(super) fn prepare(binds: &'a [VolumeBind], uid_base: u32) -> Result<Self, HelperStep> {
-        let staged = Self { binds };
+    /// Opens them where the data folder's mounts are seen.
+    pub(super) fn open(binds: &'a [VolumeBind], uid_base: u32) -> io::Result<Self> {
+        let mut staged = Self { binds, opened: Vec::new() };
         if !binds.is_empty() {
-            staged.attach_all(uid_base).map_err(HelperStep::wrap("opening its volumes"))?;
+            let userns = new_user_namespace(uid_base, IDS_PER_SANDBOX)?;
+            let opened = staged.once_each().map(|bind| Ok((bind.volume, fit(bind, userns.as_fd())?.mount)));
+            staged.opened = opened.collect::<io::Result<_>>()?;
         }
         Ok(staged)
     }
 
-    fn attach_all(&self, uid_base: u32) -> io::Result<()> {
-        let userns = new_user_namespace(uid_base, IDS_PER_SANDBOX)?;
-        // CRIU binds them as root inside, who is nobody here.
-        fs::set_permissions(STAGE, fs::Permissions::from_mode(0o711))?;
-        for bind in self.once_each() {
-            let place = place_of(bind.volume);
-            fs::create_dir_all(&place)?;
-            attach(fit(bind, userns.as_fd())?.mount, &place)?;
+    /// Puts them where CRIU is told to look. This process has a mount namespace of its own.
+    pub(super) fn put(&self) -> io::Result<()> {
+        if self.opened.is_empty() {
+            return Ok(());
+        }
+        fs::create_dir_all(PLACES)?;
+        // Of its own, since /run is not. CRIU binds them as root inside, who is nobody here.
+        mount(Some("tmpfs"), PLACES, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("size=64k,mode=711"))?;
+        for (volume, opened) in &self.opened {
+            let place = place_of(*volume);
+            fs::create_dir(&place)?;
+            attach(opened, &place)?;
         }
         Ok(())
     }
@@ -190,7 +199,7 @@ impl<'a> Staged<'a> {
 }
 
 fn place_of(volume: VolumeId) -> PathBuf {
-    Path::new(STAGE).join("volumes").join(volume.to_string())
+    Path::new(PLACES).join(volume.to_string())
 }
 
 /// What a dump leaves where it is.

@@ -119,7 +119,7 @@ fn open_rest(config: RuntimeConfig, instance: InstanceId, layout: Layout, networ
         network,
         roots: Roots::new(config.pool_roots),
         lookout: Lookout::default(),
-        helpers: Helpers::new(&config.helper, criu.as_ref().map(|criu| criu.path.as_path()), config.helper_time_max),
+        helpers: Helpers::new(&config.helper, criu.as_ref().map(|criu| criu.path.as_path()), layout.data_dir(), config.helper_time_max),
         agent,
         criu,
         host_boot_id: read_line("/proc/sys/kernel/random/boot_id"),

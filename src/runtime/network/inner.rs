@@ -35,14 +35,27 @@ pub struct InnerNetwork {
     pub mtu: u32,
 }
 
+/// The way out of a sandbox, opened where the slot's pin is seen.
+#[derive(Debug)]
+pub struct WayOut<'a> {
+    network: &'a InnerNetwork,
+    slot: Netns,
+}
+
 impl InnerNetwork {
+    /// Opens the slot's pin, which a process sees only in a mount namespace that has the data folder's mounts.
+    pub fn open(&self) -> io::Result<WayOut<'_>> {
+        Ok(WayOut { network: self, slot: Netns::open(&self.slot_netns)? })
+    }
+}
+
+impl WayOut<'_> {
     /// Brings up `lo`, makes `eth0` with address and default route, and sets the sysctls that every sandbox has
     /// (ports and ping without privileges, no IPv6 but on `lo`). Replaces what an earlier try left in the slot.
     ///
     /// Blocks for about a millisecond, on a thread of its own. `sandbox` must have been made by this sandbox: it has
     /// no `eth0`. On failure, what was made goes away with that netns.
     pub fn attach(&self, sandbox: &Netns) -> io::Result<()> {
-        let slot = Netns::open(&self.slot_netns)?;
         sandbox.run(|| {
             write_sysctls()?;
             let runtime = links::runtime()?;
@@ -53,29 +66,29 @@ impl InnerNetwork {
             // The second connection is made from the slot; the first stays where it was made.
             let outside = {
                 let _context = runtime.enter();
-                slot.enter_this_thread()?;
+                self.slot.enter_this_thread()?;
                 links::connect()?
             };
-            runtime.block_on(self.connect(&slot, &inside, &outside))
+            runtime.block_on(self.connect(&inside, &outside))
         })
     }
 
     /// Sends together what does not wait for each other: the kernel does one after the other, but nobody wakes between.
-    async fn connect(&self, slot: &Netns, inside: &Handle, outside: &Handle) -> io::Result<()> {
+    async fn connect(&self, inside: &Handle, outside: &Handle) -> io::Result<()> {
         let lo = inside.link().set(links::link(links::LO_INDEX).up().build()).execute().map_err(links::into_io);
-        try_join!(lo, self.make_veth(slot, inside, outside))?;
+        try_join!(lo, self.make_veth(inside, outside))?;
         let slot_up = outside.link().set(links::link(SLOT_INNER_LINK.1).up().build()).execute();
-        let slot_address = outside.address().add(SLOT_INNER_LINK.1, self.gateway.into(), self.prefix).execute();
-        let address = inside.address().add(INNER_LINK.1, self.address.into(), self.prefix).execute();
+        let slot_address = outside.address().add(SLOT_INNER_LINK.1, self.network.gateway.into(), self.network.prefix).execute();
+        let address = inside.address().add(INNER_LINK.1, self.network.address.into(), self.network.prefix).execute();
         try_join!(slot_up, slot_address, address).map_err(links::into_io)?;
-        let default = RouteMessageBuilder::<Ipv4Addr>::new().gateway(self.gateway).output_interface(INNER_LINK.1).build();
+        let default = RouteMessageBuilder::<Ipv4Addr>::new().gateway(self.network.gateway).output_interface(INNER_LINK.1).build();
         inside.route().add(default).execute().await.map_err(links::into_io)
     }
 
-    async fn make_veth(&self, slot: &Netns, inside: &Handle, outside: &Handle) -> io::Result<()> {
+    async fn make_veth(&self, inside: &Handle, outside: &Handle) -> io::Result<()> {
         let eth0 = VethEnd { name: INNER_LINK.0, index: Some(INNER_LINK.1), netns: None };
-        let peer = VethEnd { name: SLOT_INNER_LINK.0, index: Some(SLOT_INNER_LINK.1), netns: Some(slot.as_fd()) };
-        let pair = || links::veth_pair(&eth0, &peer, self.mtu);
+        let peer = VethEnd { name: SLOT_INNER_LINK.0, index: Some(SLOT_INNER_LINK.1), netns: Some(self.slot.as_fd()) };
+        let pair = || links::veth_pair(&eth0, &peer, self.network.mtu);
         match inside.link().add(pair()).execute().await {
             Ok(()) => Ok(()),
             // The slot still has the end of an earlier try whose netns is not gone yet.
