@@ -32,8 +32,10 @@ pub(super) struct Core {
     pub(super) failpoints: Failpoints,
     pub(super) places: Places,
     pub(super) timers: Timers,
-    /// Of every start of a sandbox: create, fork, resume.
+    /// Of creates and resumes.
     pub(super) turns: Turns,
+    /// Of forks.
+    pub(super) copy_turns: Turns,
     handles: RwLock<HashMap<SandboxId, Handle>>,
     pub(super) ready_states: Attempts,
     /// Held by who changes secrets, until the runtime was told.
@@ -97,7 +99,8 @@ impl Core {
             clock: seams.clock,
             failpoints: seams.failpoints,
             timers: Timers::default(),
-            turns: Turns::of_this_machine(),
+            turns: Turns::one_by_one(),
+            copy_turns: Turns::all_for_one(),
             handles: RwLock::default(),
             ready_states: Attempts::default(),
             telling_secrets: Arc::default(),

@@ -12,6 +12,7 @@ use super::places::{Full, Place};
 use super::ready_state;
 use super::start::{Origin, Prepared, Ready, StartError, random_boot_id, random_secret, usable_dump};
 use super::tokens::TokenKind;
+use super::turns::Turns;
 use crate::model::{
     BuildRecord, BuildSource, BuildState, EndReason, LogLevel, MountPath, SandboxId, SandboxRecord, SandboxSpec, SandboxState, Secure,
     SnapshotRecord, TemplateId, VolumeName,
@@ -309,7 +310,7 @@ impl Driver {
         match origin {
             Origin::Copy(source) => {
                 let prepared = Prepared::from_copy(&self.core, &self.record, &source);
-                let ready = self.start_prepared(prepared).await;
+                let ready = self.start_prepared(prepared, self.core.copy_turns.clone()).await;
                 self.hold_until_filled(source);
                 ready
             }
@@ -333,7 +334,7 @@ impl Driver {
         };
         let Some(dump) = dump else { return self.start_cold(build).await };
         let prepared = Prepared::from_build_dump(&self.core, &self.record, &build, &dump);
-        match (self.start_prepared(prepared).await, build.source) {
+        match (self.start_prepared(prepared, self.core.turns.clone()).await, build.source) {
             // A cold start would find the same in its way.
             (refused @ Err(StartError::Runtime(RuntimeError::BadMountPath { .. } | RuntimeError::Exhausted(_))), _) => refused,
             (Err(error), BuildSource::Recipe) if !self.is_killing() => {
@@ -348,7 +349,7 @@ impl Driver {
     /// What a dump of the ready state saves: the agent's start and the build's commands. Makes one for the next.
     async fn start_cold(&mut self, build: BuildRecord) -> Result<Ready, StartError> {
         let prepared = Prepared::cold(&self.core, &self.record, &build, DiskSource::Fresh);
-        let ready = self.start_prepared(prepared).await?;
+        let ready = self.start_prepared(prepared, self.core.turns.clone()).await?;
         let token = match self.record.spec.secure {
             Secure::Token => Some(self.core.key.token(TokenKind::EnvdAccess, self.id)),
             Secure::Open => None,
@@ -364,9 +365,8 @@ impl Driver {
         Ok(ready)
     }
 
-    async fn start_prepared(&mut self, prepared: Prepared) -> Result<Ready, StartError> {
-        let core = Arc::clone(&self.core);
-        match self.serve_until_killed(core.turns.take()).await {
+    async fn start_prepared(&mut self, prepared: Prepared, turns: Turns) -> Result<Ready, StartError> {
+        match self.serve_until_killed(turns.take()).await {
             Some(turn) => turn.spend_on(self.start_in_turn(prepared)).await,
             None => Err(StartError::Killed),
         }
