@@ -3,6 +3,7 @@
 use crate::guest::{run, wait_until_ready};
 use crate::machine::{Machine, chain, on_own_machine};
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -47,7 +48,11 @@ fn traces(machine: &Machine) -> Vec<String> {
     let mounts = mounts.lines().filter(|line| line.contains(&below)).map(|line| format!("mount {line}"));
     let loops = roots(machine).into_iter().filter_map(|name| {
         let image = machine.data_dir().join("roots").join(name).join("disk.img");
-        let number = holder_of(&image).unwrap()?;
+        let number = match holder_of(&image) {
+            // It went since its folder was listed.
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            held => held.unwrap(),
+        }?;
         Some(format!("loop device {number} of {}", image.display()))
     });
     mounts.chain(loops).chain(roots(machine)).collect()
